@@ -166,7 +166,9 @@ def read_korsts(path: str | Path) -> pd.DataFrame:
         (score.isna(), "is not a number"),
         ((score < 0) | (score > MAX_SCORE), "is outside 0 to 5"),
     ):
-        problems.append(frame["score"][wrong].map(lambda value, text=text: f"score {value!r} {text}"))
+        problems.append(
+            frame["score"][wrong].map(lambda value, text=text: f"score {value!r} {text}")
+        )
     for column in ("sentence1", "sentence2"):
         blank = frame[column][_is_blank(frame[column])]
         problems.append(blank.map(lambda _, column=column: f"{column} is blank"))
@@ -206,7 +208,9 @@ def read_klue_sts(path: str | Path) -> pd.DataFrame:
         if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
             problems[number] = f"item {number}: a sentence is blank or no text"
         elif not 0 <= row["score"] <= 1 or row["label"] not in (0, 1):
-            problems[number] = f"item {number}: real-label is outside 0 to 5, or binary-label 0 to 1"
+            problems[number] = (
+                f"item {number}: real-label is outside 0 to 5, or binary-label 0 to 1"
+            )
         rows.append(row)
     if problems:
         shown = [f"{path}: {text}" for text in list(problems.values())[:PLACES_SHOWN]]
@@ -229,7 +233,9 @@ def read_kornli(path: str | Path) -> tuple[pd.DataFrame, int]:
     unknown = label[~label.isin([*NLI_LABELS, "-"])]
     if len(unknown):
         expected = ", ".join(NLI_LABELS)
-        raise UserError(_places(path, unknown.map(lambda value: f"label {value!r}, not {expected}")))
+        raise UserError(
+            _places(path, unknown.map(lambda value: f"label {value!r}, not {expected}"))
+        )
     blank = (frame["sentence1"] == "") | (frame["sentence2"] == "")
     odd = pd.concat(
         [
