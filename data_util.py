@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,9 @@ def command_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except FloatingPointError as error:  # a loss or an embedding that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
@@ -107,8 +111,9 @@ def _decode(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        bad = content[error.start]
+        after_bom = error.object  # what error.start counts in
+        line = after_bom.count(b"\n", 0, error.start) + 1
+        bad = after_bom[error.start]
         raise UserError(f"{path}:{line}: byte 0x{bad:02x} is not UTF-8") from None
 
 
@@ -130,11 +135,15 @@ def _read_tsv(path: Path, columns: Sequence[str]) -> tuple[pd.DataFrame, pd.Seri
     lines = [line.removesuffix("\r") for line in _decode(_read_bytes(path), path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
+    if not lines:  # a BOM alone
+        raise UserError(f"{path}: the file is empty")
     header = lines[0].split("\t")
     if missing := [column for column in columns if column not in header]:
         raise UserError(
             f"{path}:1: no column {', '.join(missing)}; the header should be {' '.join(columns)}"
         )
+    if repeated := [column for column in columns if header.count(column) > 1]:
+        raise UserError(f"{path}:1: column {', '.join(repeated)} more than once")
     if len(lines) == 1:
         raise UserError(f"{path}:1: a header and no rows")
     rows: dict[int, list[str]] = {}
@@ -179,10 +188,30 @@ def read_korsts(path: str | Path) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
+def _klue_sts_problem(item: object) -> str | None:
+    labels = item.get("labels") if isinstance(item, dict) else None
+    if not isinstance(labels, dict):
+        return "not an object with labels"
+    for name in ("sentence1", "sentence2"):
+        sentence = item.get(name)
+        if not isinstance(sentence, str) or not sentence.strip():
+            return f"{name} is missing, blank or not text"
+        if re.search("[\ud800-\udfff]", sentence):  # JSON can escape half a character
+            return f"{name} is not Unicode text: half of a surrogate pair"
+    score, label = labels.get("real-label"), labels.get("binary-label")
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not is_number or not 0 <= score <= MAX_SCORE:
+        return f"real-label {score!r} is not a number from 0 to 5"
+    if label not in (0, 1):
+        return f"binary-label {label!r} is not 0 or 1"
+    return None
+
+
 def read_klue_sts(path: str | Path) -> pd.DataFrame:
     """Reads klue-sts-v1.1_*.json: columns sentence1, sentence2, score in [0, 1], label (0 or 1).
 
-    `score` is the real-label / 5 and `label` the binary-label (1 from real-label 3.0 on).
+    `score` is the real-label / 5 and `label` the binary-label (1 from real-label 3.0 on). Raises
+    `UserError` for anything else; JSON has no lines of its own, so items are counted from 1.
     """
     path = Path(path)
     text = _decode(_read_bytes(path), path)
@@ -190,32 +219,29 @@ def read_klue_sts(path: str | Path) -> pd.DataFrame:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
+        raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: should be a JSON list of KLUE-STS items")
-    rows, problems = [], {}
-    for number, item in enumerate(items, start=1):
-        try:
-            row = {
-                "sentence1": item["sentence1"],
-                "sentence2": item["sentence2"],
-                "score": float(item["labels"]["real-label"]) / MAX_SCORE,
-                "label": int(item["labels"]["binary-label"]),
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            problems[number] = f"item {number}: no valid {error}"
-            continue
-        sentences = (row["sentence1"], row["sentence2"])
-        if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-            problems[number] = f"item {number}: a sentence is blank or no text"
-        elif not 0 <= row["score"] <= 1 or row["label"] not in (0, 1):
-            problems[number] = (
-                f"item {number}: real-label is outside 0 to 5, or binary-label 0 to 1"
-            )
-        rows.append(row)
+    problems = [
+        f"{path}: item {number}: {problem}"
+        for number, item in enumerate(items, start=1)
+        if (problem := _klue_sts_problem(item))
+    ]
+    if len(problems) > PLACES_SHOWN:
+        count = f"{path}: {len(problems):,} problems in all, the first {PLACES_SHOWN} shown"
+        problems[PLACES_SHOWN:] = [count]
     if problems:
-        shown = [f"{path}: {text}" for text in list(problems.values())[:PLACES_SHOWN]]
-        raise UserError("\n".join([*shown, f"{path}: {len(problems):,} such items in all"]))
-    return pd.DataFrame(rows)
+        raise UserError("\n".join(problems))
+    return pd.DataFrame(
+        {
+            "sentence1": item["sentence1"],
+            "sentence2": item["sentence2"],
+            "score": item["labels"]["real-label"] / MAX_SCORE,
+            "label": int(item["labels"]["binary-label"]),
+        }
+        for item in items
+    )
 
 
 def read_kornli(path: str | Path) -> tuple[pd.DataFrame, int]:

@@ -15,71 +15,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from sentence_transformers.sentence_transformer.losses import (
     CosineSimilarityLoss,
     MultipleNegativesRankingLoss,
 )
-from transformers import TrainerCallback
 
+import training_util
 from data_util import NLI_TRAIN_FILES, command_line, file_record, read_korsts, read_nli_triplets
-from training_util import (
-    check_options,
-    finish_run,
-    load_model,
-    no_duplicates_batches,
-    open_run_folder,
-    recipe_parser,
-    recipe_trainer,
-    share,
-    shuffled_batches,
-    train,
-    with_matryoshka,
-)
-
-
-class AdamWPerTask(torch.optim.AdamW):
-    """AdamW with moments of its own for each of two tasks that share the parameters."""
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
-        self.task, self.moments = 0, [self.state, defaultdict(dict)]
-
-    def step(self, closure: Any = None) -> Any:
-        self.state = self.moments[self.task]
-        return super().step(closure)
-
-    def state_dict(self) -> dict[str, Any]:
-        tasks = []
-        for self.state in self.moments:
-            tasks.append(super().state_dict())
-        return {"tasks": tasks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for task, state in enumerate(state_dict["tasks"]):
-            super().load_state_dict(state)
-            self.moments[task] = self.state
-
-
-class TakeTurns(TrainerCallback):
-    """Tells the optimizer whose step it is: NLI's, then STS's."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["optimizer"].optimizer.task = state.global_step % 2
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_multi_", num_epochs=5)
+    parser = training_util.recipe_parser(
+        __doc__.splitlines()[0], output_prefix="kor_multi_", num_epochs=5
+    )
     parser.add_argument("--nli_batch_size", type=int, default=64, help="triplets an NLI step")
     parser.add_argument("--sts_batch_size", type=int, default=8, help="pairs an STS step")
     parser.add_argument("--train_files", type=Path, nargs="+", help="KorNLI files instead of both")
     args = parser.parse_args()
-    check_options(args)
+    training_util.check_options(args)
 
     # 2. Data
     train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
@@ -96,38 +52,42 @@ def main() -> None:
     nli_batches = max(1, len(triplets) // args.nli_batch_size)
     steps_per_epoch = 2 * math.ceil(min(sts_batches, nli_batches) / accumulation)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    nli = no_duplicates_batches(triplets, args.nli_batch_size, args.seed)
-    sts = shuffled_batches(rows, args.sts_batch_size, args.seed, args.world_size)
+    nli = training_util.no_duplicates_batches(triplets, args.nli_batch_size, args.seed)
+    sts = training_util.shuffled_batches(rows, args.sts_batch_size, args.seed, args.world_size)
     batches = []
     for step in range(steps):
         task, offset = (nli, 0) if step % 2 == 0 else (sts, len(triplets))
-        batches += share(itertools.islice(task, accumulation), offset, args.world_size)
+        batches += training_util.share(
+            itertools.islice(task, accumulation), offset, args.world_size
+        )
 
     # 4. Model and losses
-    model = load_model(args)
+    model = training_util.load_model(args)
     nli_loss = MultipleNegativesRankingLoss(
         model, scale=20.0, gather_across_devices=args.world_size > 1
     )
     losses = {"nli": nli_loss, "sts": CosineSimilarityLoss(model)}
 
     # 5. Training: the dev score decides which checkpoint is kept
-    open_run_folder(args, records)
-    trainer = recipe_trainer(
+    training_util.open_run_folder(args, records)
+    trainer = training_util.recipe_trainer(
         args,
         model,
         train_data={"nli": triplets, "sts": tables["train"]},
-        losses={name: with_matryoshka(model, loss, args) for name, loss in losses.items()},
+        losses={
+            name: training_util.with_matryoshka(model, loss, args) for name, loss in losses.items()
+        },
         batches=batches,
         steps=steps,
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         dev=tables["dev"],
-        optimizer=(AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
+        optimizer=(training_util.AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
     )
-    trainer.add_callback(TakeTurns())
-    best = train(args, trainer)
+    trainer.add_callback(training_util.TakeTurns())
+    best = training_util.train(args, trainer)
 
     # 6. Test score
-    finish_run(args, trainer, best, tables.get("test"))
+    training_util.finish_run(args, trainer, best, tables.get("test"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
+import training_util
 from data_util import (
     NLI_TRAIN_FILES,
     command_line,
@@ -27,28 +28,18 @@ from data_util import (
     read_korsts,
     read_nli_triplets,
 )
-from training_util import (
-    check_options,
-    finish_run,
-    load_model,
-    no_duplicates_batches,
-    open_run_folder,
-    recipe_parser,
-    recipe_trainer,
-    share,
-    train,
-    with_matryoshka,
-)
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1)
+    parser = training_util.recipe_parser(
+        __doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="triplets a step")
     parser.add_argument(
         "--mini_batch_size",
         type=int,
-        help="encode this many at a time (cached loss): large batches in little memory, 2x the time",
+        help="encode so many at a time (cached loss): large batches, little memory, slower",
     )
     parser.add_argument(
         "--train_files",
@@ -57,7 +48,7 @@ def main() -> None:
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
     args = parser.parse_args()
-    check_options(args)
+    training_util.check_options(args)
 
     # 2. Data
     train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
@@ -72,13 +63,13 @@ def main() -> None:
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
     steps_per_epoch = max(1, batches_per_epoch // args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    batches = no_duplicates_batches(triplets, args.batch_size, args.seed)
+    batches = training_util.no_duplicates_batches(triplets, args.batch_size, args.seed)
     batches = itertools.islice(batches, steps * args.gradient_accumulation_steps)
-    batches = list(share(batches, 0, args.world_size))
+    batches = list(training_util.share(batches, 0, args.world_size))
     epoch_ends = range(steps_per_epoch, steps, steps_per_epoch)
 
     # 4. Model and loss: each process has all processes' texts as negatives
-    model = load_model(args)
+    model = training_util.load_model(args)
     options = {"scale": 20.0, "gather_across_devices": args.world_size > 1}
     if args.mini_batch_size:
         options["mini_batch_size"] = args.mini_batch_size
@@ -87,21 +78,21 @@ def main() -> None:
         loss = MultipleNegativesRankingLoss(model, **options)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    open_run_folder(args, records)
-    trainer = recipe_trainer(
+    training_util.open_run_folder(args, records)
+    trainer = training_util.recipe_trainer(
         args,
         model,
         train_data={"nli": triplets},
-        losses={"nli": with_matryoshka(model, loss, args)},
+        losses={"nli": training_util.with_matryoshka(model, loss, args)},
         batches=batches,
         steps=steps,
         evaluate_at={*range(1000, steps, 1000), *epoch_ends},
         dev=tables["dev"],
     )
-    best = train(args, trainer)
+    best = training_util.train(args, trainer)
 
     # 6. Test score
-    finish_run(args, trainer, best, tables.get("test"))
+    training_util.finish_run(args, trainer, best, tables.get("test"))
 
 
 if __name__ == "__main__":

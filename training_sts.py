@@ -16,27 +16,18 @@ import math
 
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
+import training_util
 from data_util import command_line, file_record, read_korsts
-from training_util import (
-    check_options,
-    finish_run,
-    load_model,
-    open_run_folder,
-    recipe_parser,
-    recipe_trainer,
-    share,
-    shuffled_batches,
-    train,
-    with_matryoshka,
-)
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5)
+    parser = training_util.recipe_parser(
+        __doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step")
     args = parser.parse_args()
-    check_options(args)
+    training_util.check_options(args)
 
     # 2. Data
     files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")}
@@ -50,17 +41,17 @@ def main() -> None:
     batches_per_epoch = math.ceil((rows - rows % args.world_size) / args.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    batches = shuffled_batches(rows, args.batch_size, args.seed, args.world_size)
+    batches = training_util.shuffled_batches(rows, args.batch_size, args.seed, args.world_size)
     batches = itertools.islice(batches, steps * args.gradient_accumulation_steps)
-    batches = list(share(batches, 0, args.world_size))
+    batches = list(training_util.share(batches, 0, args.world_size))
 
     # 4. Model and loss
-    model = load_model(args)
-    loss = with_matryoshka(model, CosineSimilarityLoss(model), args)
+    model = training_util.load_model(args)
+    loss = training_util.with_matryoshka(model, CosineSimilarityLoss(model), args)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    open_run_folder(args, records)
-    trainer = recipe_trainer(
+    training_util.open_run_folder(args, records)
+    trainer = training_util.recipe_trainer(
         args,
         model,
         train_data={"sts": tables["train"]},
@@ -70,10 +61,10 @@ def main() -> None:
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         dev=tables["dev"],
     )
-    best = train(args, trainer)
+    best = training_util.train(args, trainer)
 
     # 6. Test score
-    finish_run(args, trainer, best, tables.get("test"))
+    training_util.finish_run(args, trainer, best, tables.get("test"))
 
 
 if __name__ == "__main__":

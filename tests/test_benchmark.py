@@ -1,0 +1,624 @@
+"""The benchmark's command line on tiny encoders and the samples (which are not KorSTS)."""
+
+import getpass
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
+from hub import Hub
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sklearn.metrics import f1_score
+
+import benchmark
+from data_util import command_line, read_korsts
+from evaluation_util import SCORE_KEYS, bootstrap, correlations, interval
+from model_util import load_encoder, save_encoder
+
+REPOSITORY = Path(benchmark.__file__).parent
+README = """# Title
+<!-- results:all -->
+old
+<!-- /results:all -->
+between <!-- results:matryoshka --><!-- /results:matryoshka -->
+<!-- results:klue-sts -->
+<!-- /results:klue-sts -->
+end
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_plain_encoder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Another encoder, in the layout of a run folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = load_encoder(str(write_plain_encoder(folder / "plain", seed=1)))
+    save_encoder(model, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command line in this process; returns exit status, stdout and stderr."""
+
+    def call(*arguments: object, data_dir: Path = SAMPLES) -> tuple[int, str, str]:
+        where = ["--data_dir", data_dir, "--results_dir", tmp_path / "results"]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, [*arguments, *where])])
+        status = 0
+        try:
+            with command_line():
+                benchmark.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def read(tmp_path: Path, name: str) -> dict:
+    return json.loads((tmp_path / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def written(tmp_path: Path) -> list[str]:
+    folder = tmp_path / "results"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def evaluator_scores(folder: Path, **options: object) -> dict[str, float]:
+    """What sentence-transformers' own evaluator says, encoding both columns whole."""
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    names = ["cosine", "euclidean", "manhattan", "dot"]
+    evaluator = EmbeddingSimilarityEvaluator(
+        *(table[column].tolist() for column in ("sentence1", "sentence2", "score")),
+        similarity_fn_names=names,
+        write_csv=False,
+        **options,
+    )
+    metrics = evaluator(load_encoder(str(folder)))
+    return {
+        f"{name}_{kind}": metrics[f"{kind}_{name}"]
+        for name in names
+        for kind in ("pearson", "spearman")
+    }
+
+
+# --- What is written -------------------------------------------------------------------------
+
+
+def test_scores_are_the_evaluators_and_the_file_says_what_was_measured(run, plain, tmp_path):
+    status, out, err = run(plain)
+    assert status == 0, err
+    result = read(tmp_path, "tiny")
+    assert result["scores"] == pytest.approx(evaluator_scores(plain), abs=1e-6)
+    assert list(result["scores"]) == list(SCORE_KEYS) == list(result["intervals"])
+    for key, (low, high) in result["intervals"].items():
+        assert low < result["scores"][key] < high
+    assert (result["name"], result["link"], result["source"]) == ("tiny", None, "measured")
+    assert result["data"] == {
+        "file": "sts-test.tsv",
+        "blob_id": benchmark.file_record(SAMPLES / "KorSTS" / "sts-test.tsv", 1)["blob_id"],
+        "published": False,
+        "rows": 48,
+        "distinct_sentences": result["data"]["distinct_sentences"],
+    }
+    model = result["model"]
+    assert model["pooling_added"] and model["dimension"] == 32 and model["revision"] is None
+    assert model["size_bytes"] == (plain / "model.safetensors").stat().st_size
+    assert model["parameters"] == sum(w.numel() for w in load_encoder(str(plain)).parameters())
+    assert result["sentences_per_second"] > 0
+    assert result["versions"]["sentence-transformers"].startswith("6.")
+    assert "| tiny (mean pooling added) |" in out
+    assert "sts-test.tsv: 48 pairs" in out
+
+
+def test_no_path_and_no_user_is_stored(run, plain, tmp_path):
+    assert run(plain, f"--prompt={plain.name}")[0] == 0
+    text = (tmp_path / "results" / "tiny.json").read_text(encoding="utf-8")
+    for private in (str(tmp_path), str(plain.parent), str(REPOSITORY), str(Path.home()) + "/"):
+        assert private not in text
+    command = read(tmp_path, "tiny")["command"]
+    assert command == (
+        "python benchmark.py tiny --prompt=tiny --data_dir samples --results_dir results"
+    )
+    if getpass.getuser() != "root":
+        assert getpass.getuser() not in text
+
+
+def test_each_distinct_sentence_is_encoded_once_for_all_dims(run, plain, tmp_path, monkeypatch):
+    seen = []
+    encode = SentenceTransformer.encode
+
+    def counting(self, sentences, **options):
+        seen.extend(sentences)
+        return encode(self, sentences, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", counting)
+    status, out, _ = run("--matryoshka_model", plain, "--matryoshka_dims", "32,16,8")
+    assert status == 0
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    assert sorted(seen) == sorted({*table["sentence1"], *table["sentence2"]})
+    result = read(tmp_path, "tiny")
+    assert len(seen) == result["data"]["distinct_sentences"]
+    assert list(result["dims"]) == ["32", "16", "8"]
+    for dim in (16, 8):
+        expected = evaluator_scores(plain, truncate_dim=dim)
+        assert result["dims"][str(dim)]["scores"] == pytest.approx(expected, abs=1e-6)
+    assert result["dims"]["32"]["scores"] == result["scores"]
+    assert "| Model | 32 | 16 | 8 |" in out
+
+
+def test_the_batch_size_changes_nothing_beyond_rounding(plain):
+    model = load_encoder(str(plain))
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    sentences = table["sentence1"].tolist()
+    expected = model.encode(sentences, batch_size=3)
+    for batch_tokens in (50, 10_000):
+        vectors = benchmark.encode_distinct(model, sentences, batch_tokens=batch_tokens)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        second = benchmark.encode_distinct(model, table["sentence2"].tolist())
+        scores = correlations(vectors, second, table["score"])
+        assert scores == pytest.approx(correlations(expected, second, table["score"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_quantised_embeddings_are_rows_of_their_own(run, plain, tmp_path, precision):
+    status, out, _ = run(plain, "--embedding_precision", precision)
+    assert status == 0 and written(tmp_path) == [f"tiny.{precision}.json"]
+    result = read(tmp_path, f"tiny.{precision}")
+    expected = evaluator_scores(plain, precision=precision)
+    assert result["scores"] == pytest.approx(expected, abs=1e-6)
+    assert f"tiny (mean pooling added, {precision} embeddings)" in out
+
+
+def test_prompts_declared_and_given_are_used_and_recorded(run, trained, tmp_path):
+    declaring = shutil.copytree(trained, tmp_path / "declaring")
+    config = declaring / "config_sentence_transformers.json"
+    edit_json(config, prompts={"query": "비 "}, default_prompt_name=None)
+    status, _, err = run(declaring)
+    assert status == 0 and "no prompt is its default, none used of {'query': '비 '}" in err
+    without = read(tmp_path, "declaring")
+    assert without["prompt"] == ""
+    edit_json(config, default_prompt_name="query")
+    _, out, _ = run(declaring)
+    declared = read(tmp_path, "declaring")
+    assert declared["prompt"] == "비 " and "(prompt `비 `)" in out
+    assert run(declaring, "--prompt", "비 ", "--name", "given")[0] == 0
+    assert read(tmp_path, "given")["scores"] == declared["scores"] != without["scores"]
+    assert run(declaring, "--prompt", "", "--name", "none")[0] == 0
+    assert read(tmp_path, "none")["scores"] == without["scores"]
+
+
+# --- ONNX ------------------------------------------------------------------------------------
+
+
+def write_onnx(folder: Path, dimension: int = 16) -> np.ndarray:
+    """Writes an .onnx model that averages word vectors, and returns the vectors."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_truncation(32)
+    tokenizer.save(str(folder / "words.tokenizer.json"))
+    edit_json(folder / "words.json", max_seq_length=32, pooling="mean", dimension=dimension)
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(tokenizer.get_vocab_size(), dimension)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["vectors", "input_ids"], ["tokens"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
+        helper.make_node("Mul", ["tokens", "column"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "middle"], ["sum"], keepdims=0),
+        helper.make_node("ReduceSum", ["column", "middle"], ["count"], keepdims=0),
+        helper.make_node("Div", ["sum", "count"], ["sentence_embedding"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    output = helper.make_tensor_value_info(
+        "sentence_embedding", TensorProto.FLOAT, ["batch", dimension]
+    )
+    constants = [
+        numpy_helper.from_array(vectors, "vectors"),
+        numpy_helper.from_array(np.array([2]), "last"),
+        numpy_helper.from_array(np.array([1]), "middle"),
+    ]
+    graph = helper.make_graph(nodes, "words", inputs, [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "words.onnx")
+    return vectors
+
+
+def test_an_onnx_file_is_a_model_like_any_other(run, tmp_path):
+    vectors = write_onnx(tmp_path)
+    status, _, err = run(tmp_path / "words.onnx")
+    assert status == 0, err
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    tokenizer = tiny_tokenizer()
+    tokenizer.enable_truncation(32)
+    sides = [
+        np.stack([vectors[tokenizer.encode(sentence).ids].mean(axis=0) for sentence in column])
+        for column in (table["sentence1"], table["sentence2"])
+    ]
+    result = read(tmp_path, "words")
+    assert result["scores"] == pytest.approx(correlations(*sides, table["score"]), abs=1e-6)
+    assert result["model"]["dimension"] == 16 and result["model"]["max_seq_length"] == 32
+    assert result["model"]["parameters"] is None and result["link"] is None
+
+
+@pytest.mark.parametrize("missing", ["words.onnx", "words.json", "words.tokenizer.json"])
+def test_an_onnx_file_without_its_company(run, tmp_path, missing):
+    write_onnx(tmp_path)
+    (tmp_path / missing).unlink()
+    status, _, err = run(tmp_path / "words.onnx")
+    assert status == 2 and f"{missing}: no such file" in err and written(tmp_path) == []
+
+
+def test_a_damaged_onnx_file(run, tmp_path):
+    write_onnx(tmp_path)
+    (tmp_path / "words.onnx").write_bytes(b"no onnx")
+    status, _, err = run(tmp_path / "words.onnx")
+    assert status == 2 and "words.onnx: cannot be loaded" in err.splitlines()[-1]
+
+
+# --- What goes wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--matryoshka_dims", "8,4"], "--matryoshka_dims goes with --matryoshka_model"),
+        (["--matryoshka_model", "m/m", "--matryoshka_dims", "4,8"], "not like 768,256,64"),
+        (["--matryoshka_model", "m/m", "--matryoshka_dims", "8,8"], "not like 768,256,64"),
+        (["--matryoshka_model", "m/m", "--matryoshka_dims", "8,0"], "not like 768,256,64"),
+        (["--matryoshka_model", "m/m", "--matryoshka_dims", "a"], "not like 768,256,64"),
+        (["a/a", "--compare", "b/b", "c/c"], "--compare takes its two models and no others"),
+        (["a/a", "b/b", "--name", "x"], "--name names the row of one MODEL"),
+        (["a/a", "--name", "../x"], "../x: no such folder, and no name for a row"),
+        (["no/such/folder"], "no/such/folder: no such folder"),
+        (["a/a", "a/a"], "two rows would be named a/a"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(run, tmp_path, arguments, reason):
+    status, out, err = run(*arguments)
+    assert status == 2 and reason in err and len(err.splitlines()) == 1 and out == ""
+    assert written(tmp_path) == []
+
+
+def test_bad_data_is_named_before_any_model_is_loaded(run, plain, tmp_path):
+    folder = tmp_path / "data" / "KorSTS"
+    folder.mkdir(parents=True)
+    status, _, err = run(plain, data_dir=tmp_path / "data")
+    assert status == 2 and "sts-test.tsv: no such file" in err
+    text = (
+        (SAMPLES / "KorSTS" / "sts-test.tsv").read_text(encoding="utf-8").replace("2.000", "9", 1)
+    )
+    (folder / "sts-test.tsv").write_text(text, encoding="utf-8")
+    status, _, err = run(plain, data_dir=tmp_path / "data")
+    assert status == 2 and "sts-test.tsv:2: score '9' is outside 0 to 5" in err
+
+
+def test_a_dim_above_the_width_names_the_model(run, plain, tmp_path):
+    status, _, err = run("--matryoshka_model", plain, "--matryoshka_dims", "64,32")
+    assert status == 2 and "has 32 dimensions" in err and written(tmp_path) == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("value, reason", [(float("nan"), "NaN"), (0.0, "constant")])
+def test_nan_and_constant_embeddings_are_an_error_never_a_number(
+    run, plain, tmp_path, value, reason, precision
+):
+    broken = shutil.copytree(plain, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    for name in weights:
+        weights[name] = torch.full_like(weights[name], value)
+        if value == 0 and name.endswith("output.LayerNorm.bias"):
+            weights[name] += torch.linspace(-1, 1, 32)  # the same vector for every sentence
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    status, out, err = run(broken, "--embedding_precision", precision)
+    assert status == 2 and "broken: " in err and reason in err and "|" not in out
+    assert written(tmp_path) == []
+
+
+def test_models_of_the_hub_that_fail_are_named_and_the_others_still_run(
+    run, plain, trained, tmp_path, monkeypatch
+):
+    with Hub(tmp_path / "hub") as hub:
+        for name in ("good", "gated", "cut", "wrong", "code"):
+            shutil.copytree(plain, tmp_path / "hub" / "owner" / name)
+        (tmp_path / "hub" / "owner" / "none").mkdir()
+        edit_json(tmp_path / "hub/owner/code/config.json", auto_map={"AutoModel": "x.X"})
+        hub.faults = {f"owner/{name}": name for name in ("gated", "cut", "wrong")}
+        hub.patch(monkeypatch, tmp_path / "cache")
+        bad = {
+            "owner/nowhere": "no such model on the Hub",
+            "owner/gated": "gated",
+            "owner/cut": "download failed",
+            "owner/wrong": "is not what the Hub's hash says",
+            "owner/none": "no encoder",
+            "owner/code": "could do anything on this machine",
+        }
+        status, out, err = run(*bad, "owner/good", trained)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(errors) == len(bad)
+        for line, (name, reason) in zip(errors, bad.items(), strict=True):
+            assert line.startswith(f"error: {name}: ") and reason in line
+        assert "Traceback" not in err
+        assert written(tmp_path) == ["owner--good.json", "run.json"]
+        result = read(tmp_path, "owner--good")
+        assert result["link"] == "https://huggingface.co/owner/good"
+        assert "[owner/good](https://huggingface.co/owner/good)" in out
+        snapshots = tmp_path / "cache/hub/models--owner--good/snapshots"
+        assert [path.name for path in snapshots.iterdir()] == [result["model"]["revision"]]
+        assert run("owner/nowhere")[0] == 2
+        hub.patch(monkeypatch, tmp_path / "cache", offline=True)
+        assert run("owner/good")[0] == 0
+        assert read(tmp_path, "owner--good")["scores"] == result["scores"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_whole(run, plain, tmp_path, monkeypatch):
+    assert run(plain)[0] == 0
+    before = (tmp_path / "results" / "tiny.json").read_bytes()
+    write_text = Path.write_text
+
+    def half(self, text, **options):
+        write_text(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    status, _, err = run(plain, "--prompt", "비")
+    assert status == 130 and "interrupted" in err
+    assert (tmp_path / "results" / "tiny.json").read_bytes() == before
+    assert written(tmp_path) == ["tiny.json"]
+
+
+def test_two_benchmarks_at_once_leave_whole_results(plain, trained, tmp_path):
+    command = [sys.executable, REPOSITORY / "benchmark.py", plain, trained]
+    command += ["--data_dir", SAMPLES, "--results_dir", tmp_path / "results"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {"cwd": tmp_path, "env": environment, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, **pipes, **options) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "| run |" in out and "Traceback" not in err
+    assert written(tmp_path) == ["run.json", "tiny.json"]
+    assert read(tmp_path, "tiny")["name"] == "tiny" and read(tmp_path, "run")["name"] == "run"
+
+
+# --- Comparison ------------------------------------------------------------------------------
+
+
+def test_compare_gives_the_paired_difference(run, plain, trained, tmp_path):
+    status, out, err = run("--compare", trained, plain)
+    assert status == 0, err
+    assert written(tmp_path) == []
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    scores, samples = [], []
+    for folder in (trained, plain):
+        model = load_encoder(str(folder))
+        sides = [model.encode(table[name].tolist()) for name in ("sentence1", "sentence2")]
+        scores.append(correlations(*sides, table["score"])["cosine_spearman"])
+        samples.append(bootstrap(*sides, table["score"])["cosine_spearman"])
+    low, high = interval(samples[0] - samples[1])
+    row = next(line for line in out.splitlines() if line.startswith("cosine_spearman"))
+    shown = [float(value) for value in row.replace(" to ", " ").split()[1:]]
+    difference = scores[0] - scores[1]
+    assert shown == pytest.approx([100 * v for v in (*scores, difference, low, high)], abs=0.02)
+
+
+def test_compare_says_who_is_better_only_where_the_interval_leaves_out_0(
+    run, plain, trained, monkeypatch
+):
+    assert "no difference shown, the interval holds 0" in run("--compare", plain, plain)[1]
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    angle = np.arccos(table["score"].to_numpy())
+    good = np.concatenate(
+        [np.tile([1.0, 0.0], (48, 1)), np.stack([np.cos(angle), np.sin(angle)], 1)]
+    ).astype(np.float32)
+    pairs = np.arange(96).reshape(2, 48)
+
+    def encode(encoder, *_, **__):
+        noise = np.random.default_rng(0).normal(size=good.shape).astype(np.float32)
+        return (good if encoder[0].model.name_or_path == str(trained) else noise), pairs
+
+    monkeypatch.setattr(benchmark, "encode_pairs", encode)
+    assert run("--compare", trained, plain)[1].splitlines()[-1] == (
+        "cosine Spearman: run is better than tiny"
+    )
+    assert run("--compare", plain, trained)[1].splitlines()[-1] == (
+        "cosine Spearman: run is better than tiny"
+    )
+
+
+# --- KLUE-STS --------------------------------------------------------------------------------
+
+
+def klue_items() -> list[dict]:
+    """The samples in the form of KLUE-STS."""
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    return [
+        {
+            "guid": f"sample-{number}",
+            "source": "sample",
+            "sentence1": row.sentence1,
+            "sentence2": row.sentence2,
+            "labels": {
+                "label": round(5 * row.score, 1),
+                "real-label": 5 * row.score,
+                "binary-label": int(5 * row.score >= 3),
+            },
+        }
+        for number, row in enumerate(table.itertuples())
+    ]
+
+
+def test_klue_sts_has_f1_and_comes_from_the_folder_or_the_hub(run, plain, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    text = json.dumps(klue_items(), ensure_ascii=False)
+    (data / "klue-sts-v1.1_dev.json").write_text(text, encoding="utf-8")
+    status, out, err = run(plain, "--dataset", "klue-sts", data_dir=data)
+    assert status == 0, err
+    result = read(tmp_path, "tiny.klue-sts")
+    assert list(result["scores"]) == [*SCORE_KEYS, "f1"] == list(result["intervals"])
+    table = read_korsts(SAMPLES / "KorSTS" / "sts-test.tsv")
+    model = load_encoder(str(plain))
+    first, second = (model.encode(table[name].tolist()) for name in ("sentence1", "sentence2"))
+    cosine = model.similarity_pairwise(first, second).numpy()
+    expected = f1_score(table["score"] >= 0.6, 5 * cosine >= 3)
+    assert result["scores"]["f1"] == pytest.approx(expected)
+    assert result["scores"]["cosine_spearman"] == pytest.approx(
+        spearmanr(cosine, table["score"])[0], abs=1e-6
+    )
+    assert "| Model | Cosine Pearson | Cosine Spearman | 95% interval | F1 |" in out
+    assert "Not measured" not in benchmark.tables([result])["klue-sts"]
+
+    parquet = tmp_path / "hub/datasets/klue/klue/sts/validation-00000-of-00001.parquet"
+    parquet.parent.mkdir(parents=True)
+    pd.DataFrame(klue_items()).to_parquet(parquet)
+    with Hub(tmp_path / "hub") as hub:
+        hub.patch(monkeypatch, tmp_path / "cache")
+        status, _, err = run(plain, "--dataset", "klue-sts")
+        assert status == 0 and "KLUE-STS comes from the Hub" in err
+        again = read(tmp_path, "tiny.klue-sts")
+        assert again["scores"] == result["scores"]
+        assert again["data"]["file"] == parquet.name
+        hub.faults["datasets/klue/klue"] = "missing"
+        hub.patch(monkeypatch, tmp_path / "other-cache")
+        status, _, err = run(plain, "--dataset", "klue-sts")
+        assert status == 2 and "klue/klue cannot be downloaded" in err.splitlines()[-1]
+
+
+# --- Tables, plots, published results --------------------------------------------------------
+
+
+def result(name: str, spearman: float, **changes: object) -> dict:
+    """A measured result as the benchmark writes it."""
+    scores = dict.fromkeys(SCORE_KEYS, 0.5) | {"cosine_spearman": spearman}
+    return {
+        "name": name,
+        "link": None,
+        "source": "measured",
+        "dataset": "korsts",
+        "scores": scores,
+        "intervals": {key: [value - 0.02, value + 0.02] for key, value in scores.items()},
+        "data": {"file": "sts-test.tsv", "published": True},
+        "model": {"size_bytes": 121e6, "pooling_added": False},
+        "prompt": "",
+        "embedding_precision": "float32",
+        "device": "a processor",
+        "threads": 2,
+        "sentences_per_second": 196.4,
+    } | changes
+
+
+def store(folder: Path, *results: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, item in enumerate(results):
+        (folder / f"{number}.json").write_text(json.dumps(item), encoding="utf-8")
+
+
+def test_tables_are_sorted_with_the_best_bold_and_two_decimals(tmp_path):
+    dims = {"64": {"scores": {"cosine_spearman": 0.7}}, "8": {"scores": {"cosine_spearman": 0.6}}}
+    other = {"64": {"scores": {"cosine_spearman": 0.65}}}
+    store(
+        tmp_path / "results",
+        result("worse", 0.7, dims=other),
+        result("owner/best", 0.8, link="https://huggingface.co/owner/best", dims=dims),
+        result("stand-in", 0.99, data={"file": "sts-test.tsv", "published": False}),
+        result("read", 0.9, source="published", published_in="https://example.org/x"),
+    )
+    parts = benchmark.tables(benchmark.read_results(tmp_path / "results"))
+    published, measured = parts["all"].split("Measured (a processor, 2 threads)")
+    assert (
+        "Published (https://example.org/x)" in published and "| read | 50.00 | 90.00 |" in published
+    )
+    assert measured.splitlines()[-2:] == [
+        "| [owner/best](https://huggingface.co/owner/best) | **50.00** | **80.00** "
+        "| 78.00 to 82.00 |" + " **50.00** |" * 6 + " 196 | 121 |",
+        "| worse | **50.00** | 70.00 | 68.00 to 72.00 |" + " **50.00** |" * 6 + " 196 | 121 |",
+    ]
+    assert "stand-in" not in "".join(parts.values())
+    assert parts["matryoshka"].splitlines()[-2:] == [
+        "| [owner/best](https://huggingface.co/owner/best) | **70.00** | 60.00 |",
+        "| worse | 65.00 |  |",
+    ]
+    assert parts["klue-sts"] == "Not measured yet."
+
+
+def test_update_readme_writes_between_the_markers_and_draws_the_plots(run, tmp_path):
+    dims = {"64": {"scores": {"cosine_spearman": 0.7}}, "8": {"scores": {"cosine_spearman": 0.6}}}
+    store(tmp_path / "results", result("한국어", 0.7, dims=dims), result("two", 0.8))
+    readme = tmp_path / "README.md"
+    readme.write_text(README, encoding="utf-8")
+    status, _, err = run("--update_readme", readme)
+    assert status == 0, err
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n<!-- results:all -->\nMeasured (a processor, 2 threads)")
+    assert "old" not in text and text.endswith("<!-- /results:klue-sts -->\nend\n")
+    assert "| two |" in text and "between <!-- results:matryoshka -->\nMeasured" in text
+    for name in ("spearman_by_dimension.png", "speed_and_size.png"):
+        assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
+    assert run("--update_readme", readme)[0] == 0
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text(README.replace("<!-- /results:all -->", ""), encoding="utf-8")
+    status, _, err = run("--update_readme", readme)
+    assert status == 2 and "should hold <!-- results:all --> ... <!-- /results:all --> once" in err
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"source": "measured", "scores": {}}'])
+def test_a_file_that_is_no_result_is_named(run, tmp_path, content):
+    store(tmp_path / "results", result("one", 0.7))
+    (tmp_path / "results" / "odd.json").write_text(content, encoding="utf-8")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    status, _, err = run("--update_readme", tmp_path / "README.md")
+    assert status == 2 and "odd.json: no result of benchmark.py" in err
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
+def test_the_published_results_are_complete_and_marked():
+    results = [
+        item
+        for item in benchmark.read_results(REPOSITORY / "results")
+        if item["source"] == "published"
+    ]
+    assert sorted(item["name"] for item in results) == sorted(benchmark.MODELS)
+    for item in results:
+        assert item["link"] == f"https://huggingface.co/{item['name']}"
+        assert item["published_in"].startswith("https://github.com/jhgan00/")
+        assert list(item["scores"]) == list(SCORE_KEYS) and "intervals" not in item
+        if item["name"].endswith("-mrl"):
+            assert list(map(int, item["dims"])) == benchmark.MATRYOSHKA_DIMS
+            whole = item["scores"]["cosine_spearman"]
+            assert item["dims"]["768"]["scores"]["cosine_spearman"] == whole
+    assert results[0]["name"] == "jhgan/ko-sroberta-multitask"
+
+
+def test_no_stored_result_holds_a_path():
+    for path in (REPOSITORY / "results").glob("**/*.json"):
+        text = path.read_text(encoding="utf-8").replace("https://", "")
+        assert not any(root in text for root in ("/home/", "/root/", "/tmp/", "/work/", "/Users/"))
+
+
+def test_the_readme_shows_what_is_in_results():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    results = benchmark.read_results(REPOSITORY / "results")
+    for marker, content in benchmark.tables(results).items():
+        expected = f"<!-- results:{marker} -->\n{content}\n<!-- /results:{marker} -->"
+        assert expected in text, f"{marker}: run python benchmark.py --update_readme"

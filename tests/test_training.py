@@ -1,0 +1,449 @@
+"""The three training commands on a tiny encoder and the samples, and the parts they share."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from encoders import write_plain_encoder
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
+import training_util
+from data_util import UserError, read_korsts, read_nli_triplets
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLES = REPOSITORY / "tests" / "samples"
+KORNLU = REPOSITORY.parent / "shared" / "KorNLUDatasets"
+SCRIPTS = ("training_sts.py", "training_nli.py", "training_multi-task.py")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+def command(script: str, encoder: Path, *options: object) -> list[str]:
+    fixed = ["--model_name_or_path", encoder, "--max_seq_length", 48, "--data_dir", SAMPLES]
+    return [sys.executable, str(REPOSITORY / script), *map(str, [*fixed, *options])]
+
+
+def run(
+    script: str, encoder: Path, *options: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(script, encoder, *options),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+def options_of(*options: str) -> argparse.Namespace:
+    args = training_util.recipe_parser("", "x_", 1).parse_args(options)
+    args.world_size = 1
+    return args
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# --- The commands ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("training_sts.py", ["--num_epochs", 2, "--matryoshka_dims", "32,16"]),
+        ("training_nli.py", ["--batch_size", 16, "--mini_batch_size", 8]),
+        (
+            "training_multi-task.py",
+            ["--max_steps", 5, "--nli_batch_size", 16, "--learning_rate", 0.01],
+        ),
+    ],
+)
+def test_a_run_leaves_a_finished_folder(
+    script: str, options: list, encoder: Path, tmp_path: Path
+) -> None:
+    done = run(script, encoder, *options, "--run_dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    run_file = json.loads((folder / "run.json").read_text())
+    scores = json.loads((folder / "scores.json").read_text())
+    assert run_file["finished"] > run_file["started"]
+    assert {record["file"] for record in run_file["data"]} >= {"sts-dev.tsv", "sts-test.tsv"}
+    assert scores["dev_pairs"] == scores["test_pairs"] == 48
+    assert scores["before_training"]["cosine_spearman"] != scores["dev"]["cosine_spearman"]
+    assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "logs").iterdir())
+    assert "model-index" in (folder / "README.md").read_text()
+    if "training_sts" in script:
+        assert [entry["step"] for entry in scores["evaluations"]] == [12, 24]
+        assert "cosine_spearman@16" in scores["test"]
+    best = max(scores["evaluations"], key=lambda entry: entry["cosine_spearman"])
+    assert best["step"] == scores["best_step"]
+    # The folder opens as a mean-pooling encoder, in the layout of every version.
+    model = SentenceTransformer(str(folder))
+    assert model.max_seq_length == 48
+    assert "sentence_transformers.models.Pooling" in (folder / "modules.json").read_text()
+    test = read_korsts(SAMPLES / "KorSTS/sts-test.tsv")
+    evaluator = training_util.KorSTSEvaluator(test, None)
+    assert evaluator(model)["cosine_spearman"] == pytest.approx(
+        scores["test"]["cosine_spearman"], abs=1e-6
+    )
+    assert "sts-test.tsv, 48 pairs" in done.stdout
+
+
+def test_a_stage_goes_on_from_a_run_folder_and_a_dead_run_says_so(
+    encoder: Path, tmp_path: Path
+) -> None:
+    first = run("training_nli.py", encoder, "--max_steps", 2, "--batch_size", 8,
+                "--run_dir", tmp_path / "nli", "--no_test")  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    assert "test" not in json.loads((tmp_path / "nli/scores.json").read_text())
+    second = run("training_sts.py", tmp_path / "nli", "--max_steps", 1,
+                 "--run_dir", tmp_path / "sts")  # fmt: skip
+    assert second.returncode == 0, second.stderr
+    run_file = tmp_path / "nli/run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"finished": None}))
+    third = run("training_sts.py", tmp_path / "nli", "--run_dir", tmp_path / "never")
+    assert third.returncode == 2
+    assert third.stderr.splitlines()[-1].endswith("an unfinished training run: go on with --resume")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_bad_file_stops_before_anything_is_left(encoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "KorSTS").mkdir(parents=True)
+    for name in ("train", "dev", "test"):
+        text = (SAMPLES / f"KorSTS/sts-{name}.tsv").read_text()
+        (data / f"KorSTS/sts-{name}.tsv").write_text(text)
+    with (data / "KorSTS/sts-dev.tsv").open("a") as file:
+        file.write("g\tf\ty\ti\tfive\ta\tb\n")
+    done = run("training_sts.py", encoder, "--data_dir", data, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip() == f"error: {data}/KorSTS/sts-dev.tsv:50: score 'five' is not a number"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_weights(
+    encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 24, "--save_steps", 2, "--nli_batch_size", 8, "--no_test"]
+    script = "training_multi-task.py"
+    whole = run(script, encoder, *options, "--run_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    generator = np.random.default_rng(777)
+    kills = 0
+    for attempt in range(40):
+        resume = ["--resume"] if (killed / "run.json").exists() else []
+        process = subprocess.Popen(
+            command(script, encoder, *options, "--run_dir", killed, *resume),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        if kills < 5:
+            # From the first checkpoint on, at a random moment: some in the middle of a save.
+            before = checkpoint_states(killed)
+            while process.poll() is None and checkpoint_states(killed) == before:
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0, 0.3))
+            process.kill()
+            kills += process.wait() == -9
+            process.stderr.close()
+            assert not (killed / "modules.json").exists() or kills < 5
+        else:
+            _, stderr = process.communicate()
+            assert process.returncode == 0, (attempt, stderr)
+            break
+    assert kills == 5
+    expected, actual = weights(tmp_path / "whole"), weights(killed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    folders = (tmp_path / "whole", killed)
+    ends = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+    assert ends[0] == ends[1]
+
+
+def checkpoint_states(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.glob("checkpoints/*/*.json"))
+
+
+def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 2, "--save_steps", 1, "--no_test", "--run_dir", folder]
+    assert run("training_sts.py", encoder, *options).returncode == 0
+    again = run("training_sts.py", encoder, *options, "--resume")
+    assert again.returncode == 2
+    assert "this run finished at" in again.stderr
+    run_file = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run_file | {"finished": None}))
+    other = run("training_sts.py", encoder, *options, "--resume", "--learning_rate", 1e-3)
+    assert other.returncode == 2
+    assert "--learning_rate is 0.001 now and was 2e-05" in other.stderr
+    optimizer = folder / "checkpoints/checkpoint-2/optimizer.pt"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    damaged = run("training_sts.py", encoder, *options, "--resume")
+    assert damaged.returncode == 2
+    assert damaged.stderr.splitlines()[-1].startswith(f"error: {optimizer}: damaged")
+    busy = training_util.FileLock(folder / ".lock")
+    with busy:
+        second = run("training_sts.py", encoder, *options, "--resume")
+    assert second.returncode == 2
+    assert "another run is at work in this folder" in second.stderr
+
+
+# --- Options ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--matryoshka_weights", "1,1"], "give --matryoshka_dims too"),
+        (["--matryoshka_dims", "8,4", "--matryoshka_weights", "1"], "1 weights for 2 dims"),
+        (["--matryoshka_dims", "4,8"], "strictly decreasing"),
+        (["--matryoshka_dims", "8,8"], "strictly decreasing"),
+        (["--matryoshka_dims", "8,0"], "at least 1"),
+        (["--num_epochs", "0"], "--num_epochs 0: must be above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be above 0"),
+        (["--max_steps", "-1"], "--max_steps -1: must be above 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--resume"], "give the folder"),
+        (["--resume", "--run_dir", "nowhere"], "no run to go on with"),
+        (["--run_dir", "."], "not empty"),
+        pytest.param(
+            ["--precision", "bf16"],
+            "needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        training_util.check_options(options_of(*options))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_dim_above_the_model_and_a_length_above_its_positions(encoder: Path) -> None:
+    model = ["--model_name_or_path", str(encoder)]
+    with pytest.raises(UserError, match="--matryoshka_dims 64: the model has 32"):
+        training_util.load_model(
+            options_of(*model, "--max_seq_length", "48", "--matryoshka_dims", "64,32")
+        )
+    with pytest.raises(UserError, match="has 64 positions"):
+        training_util.load_model(options_of(*model, "--max_seq_length", "65"))
+
+
+# --- Batches ---------------------------------------------------------------------------------
+
+
+def test_shuffled_batches_cover_every_row_each_pass_in_a_new_order() -> None:
+    batches = list(itertools.islice(training_util.shuffled_batches(21, 8, 777), 6))
+    assert [len(batch) for batch in batches] == [8, 8, 5, 8, 8, 5]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(21))
+    assert first != second
+    shared = list(itertools.islice(training_util.shuffled_batches(21, 8, 777, 2), 3))
+    assert [len(batch) for batch in shared] == [8, 8, 4]
+
+
+def test_nli_batches_hold_no_text_twice_and_go_on_through_the_data() -> None:
+    files = [SAMPLES / f"KorNLI/{name}" for name in
+             ("multinli.train.ko.tsv", "snli_1.0_train.ko.tsv")]  # fmt: skip
+    triplets, _ = read_nli_triplets(files, 777)
+    batches = list(itertools.islice(training_util.no_duplicates_batches(triplets, 16, 777), 30))
+    for batch in batches:
+        texts = triplets.iloc[batch].to_numpy().ravel().tolist()
+        assert len(batch) == 16
+        assert len(set(texts)) == len(texts)
+    per_pass = len(triplets) // 16
+    first_pass = sum(batches[:per_pass], [])
+    assert len(set(first_pass)) > 0.9 * len(first_pass)
+    assert batches[:per_pass] != batches[per_pass : 2 * per_pass]
+
+
+def test_texts_that_differ_in_case_and_spaces_alone_are_duplicates() -> None:
+    rows = [(f"a{i % 2}", f"b{i}", f"c{i}") for i in range(4)]
+    table = pd.DataFrame(rows, columns=["anchor", "positive", "negative"])
+    table.loc[2, "anchor"] = " A0 "
+    for batch in itertools.islice(training_util.no_duplicates_batches(table, 2, 1), 6):
+        anchors = table["anchor"].iloc[batch].str.strip().str.lower()
+        assert anchors.nunique() == 2
+
+
+def test_data_too_small_for_one_batch_is_an_error() -> None:
+    table = pd.DataFrame({"anchor": ["a"] * 9, "positive": ["b"] * 9, "negative": ["c"] * 9})
+    with pytest.raises(UserError, match="9 triplets cannot fill one batch of 4"):
+        next(training_util.no_duplicates_batches(table, 4, 777))
+
+
+def test_shares_are_equal_and_make_up_the_batch() -> None:
+    shares = list(training_util.share([[0, 1, 2, 3], [4, 5]], 100, 2))
+    assert shares == [[100, 101], [102, 103], [104], [105]]
+
+
+# --- The step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_packed_sentences_give_the_padded_losses_and_gradients(
+    model_type: str, encoder: Path
+) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    def steps(packed: bool) -> tuple[list[float], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = training_util.load_encoder(str(encoder), 48, device="cpu")
+        if model_type == "roberta":
+            config = model[0].model.config.to_dict() | {
+                "type_vocab_size": 1,
+                "model_type": "roberta",
+            }
+            config["max_position_embeddings"] = 66
+            model[0].model = RobertaModel(RobertaConfig(**config))
+        if packed:
+            training_util.pack_sentences(model, row_length=40)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.train()
+        loss = CosineSimilarityLoss(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        pairs = read_korsts(SAMPLES / "KorSTS/sts-train.tsv")
+        losses = []
+        for batch in itertools.islice(training_util.shuffled_batches(len(pairs), 8, 777), 20):
+            columns = [list(pairs[name].iloc[batch]) for name in ("sentence1", "sentence2")]
+            features = [model.preprocess(column) for column in columns]
+            value = loss(features, torch.tensor(pairs["score"].iloc[batch].to_numpy()))
+            value.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(value.item())
+        return losses, gradients
+
+    padded, packed = steps(False), steps(True)
+    assert padded[0] == pytest.approx(packed[0], abs=1e-5)
+    for expected, actual in zip(padded[1], packed[1], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_each_task_has_its_own_adam_moments() -> None:
+    def optimize(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter, gradient: float) -> None:
+        p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+
+    shared = torch.nn.Parameter(torch.ones(3))
+    ours = training_util.AdamWPerTask([shared], lr=0.1)
+    reference = torch.nn.Parameter(torch.ones(3))
+    theirs = [torch.optim.AdamW([reference], lr=0.1) for _ in range(2)]
+    for step, gradient in enumerate([1.0, -100.0, 2.0, -50.0, 0.5, 10.0]):
+        ours.task = step % 2
+        optimize(ours, shared, gradient)
+        optimize(theirs[step % 2], reference, gradient)
+        torch.testing.assert_close(shared, reference)
+        # What a checkpoint holds is enough to go on.
+        state = ours.state_dict()
+        ours = training_util.AdamWPerTask([shared], lr=0.1)
+        ours.load_state_dict(state)
+
+
+def test_a_loss_that_is_not_finite_names_step_data_and_sentences(
+    encoder: Path, tmp_path: Path
+) -> None:
+    script = (REPOSITORY / "training_sts.py").read_text()
+    broken = tmp_path / "training_broken.py"
+    broken.write_text(
+        script.replace(
+            "train_data={", 'train_data=tables["train"].__setitem__("score", float("nan")) or {'
+        )
+    )
+    done = run(str(broken), encoder, "--max_steps", 2, "--run_dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert "error: step 1, data set sts: the loss is nan for the batch: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run/modules.json").exists()
+
+
+# --- The repository --------------------------------------------------------------------------
+
+
+def test_the_scripts_stay_short_and_share_no_run_of_twelve_lines() -> None:
+    texts = [(REPOSITORY / script).read_text().splitlines() for script in SCRIPTS]
+    assert all(len(lines) <= 120 for lines in texts)
+    for first, second in itertools.combinations(texts, 2):
+        runs = {tuple(first[i : i + 12]) for i in range(len(first) - 11)}
+        assert not any(tuple(second[i : i + 12]) in runs for i in range(len(second) - 11))
+
+
+def test_onnx_is_no_package() -> None:
+    assert not (REPOSITORY / "onnx/__init__.py").exists()
+
+
+@pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
+@pytest.mark.skipif(
+    not (REPOSITORY / "models/e5-small-ko").is_dir(),
+    reason="no models/e5-small-ko: `bash train.sh demo` or offline_encoder.py builds it",
+)
+def test_a_real_run_on_korsts_rises(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "training_sts.py"), "--data_dir", str(KORNLU),
+         "--model_name_or_path", str(REPOSITORY / "models/e5-small-ko"),
+         "--max_steps", "30", "--run_dir", str(tmp_path / "run"), "--no_test"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["before_training"]["cosine_spearman"] == pytest.approx(0.7930, abs=3e-4)
+    assert scores["dev"]["cosine_spearman"] > 0.81
+
+
+@pytest.mark.slow
+def test_the_model_opens_in_sentence_transformers_2_7(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run("training_sts.py", encoder, "--max_steps", 2, "--run_dir", folder).returncode == 0
+    old = tmp_path / "old"
+    subprocess.run([sys.executable, "-m", "venv", old], check=True)
+    subprocess.run(
+        [old / "bin/python", "-m", "pip", "install", "-q", "torch==2.13.*",
+         "sentence-transformers==2.7.0", "transformers==4.57.*"],
+        check=True,
+    )  # fmt: skip
+    sentences = ["비행기가 이륙하고 있다.", "가", "한 남자가 큰 플루트를 연주하고 있다. " * 5]
+    code = (
+        "import sys, json; from sentence_transformers import SentenceTransformer as S; "
+        "m = S(sys.argv[1]); print(json.dumps([m.max_seq_length, "
+        "m.encode(json.loads(sys.argv[2])).tolist()]))"
+    )
+    done = subprocess.run(
+        [old / "bin/python", "-c", code, folder, json.dumps(sentences)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    length, embeddings = json.loads(done.stdout.splitlines()[-1])
+    assert length == 48
+    expected = SentenceTransformer(str(folder)).encode(sentences)
+    assert np.abs(np.array(embeddings) - expected).max() < 1e-5
