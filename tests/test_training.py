@@ -377,12 +377,12 @@ def test_a_loss_that_is_not_finite_names_step_data_and_sentences(
     broken = tmp_path / "training_broken.py"
     broken.write_text(
         script.replace(
-            "train_data={", 'train_data=tables["train"].__setitem__("score", float("nan")) or {'
+            "train_data={", 'train_data=tables["train"].__setitem__("score", float("inf")) or {'
         )
     )
     done = run(str(broken), encoder, "--max_steps", 2, "--run_dir", tmp_path / "run")
     assert done.returncode == 1
-    assert "error: step 1, data set sts: the loss is nan for the batch: " in done.stderr
+    assert "error: step 1, data set sts: the loss is inf for the batch: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/modules.json").exists()
 
