@@ -402,20 +402,26 @@ def test_onnx_is_no_package() -> None:
     assert not (REPOSITORY / "onnx/__init__.py").exists()
 
 
+@pytest.fixture(scope="session")
+def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = REPOSITORY / "models/e5-small-ko"
+    if built.is_dir():
+        return built
+    folder = tmp_path_factory.mktemp("models") / "e5-small-ko"
+    script = [sys.executable, str(REPOSITORY / "offline_encoder.py"), "--output", str(folder)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
+    return folder
+
+
 @pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
-@pytest.mark.skipif(
-    not (REPOSITORY / "models/e5-small-ko").is_dir(),
-    reason="no models/e5-small-ko: `bash train.sh demo` or offline_encoder.py builds it",
-)
-def test_a_real_run_on_korsts_rises(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "training_sts.py"), "--data_dir", str(KORNLU),
-         "--model_name_or_path", str(REPOSITORY / "models/e5-small-ko"),
-         "--max_steps", "30", "--run_dir", str(tmp_path / "run"), "--no_test"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+def test_a_real_run_on_korsts_rises(offline_encoder: Path, tmp_path: Path) -> None:
+    done = run("training_sts.py", offline_encoder, "--data_dir", KORNLU, "--max_steps", 30,
+               "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["dev_pairs"] == 1500
     assert scores["before_training"]["cosine_spearman"] == pytest.approx(0.7930, abs=3e-4)
     assert scores["dev"]["cosine_spearman"] > 0.81
 
