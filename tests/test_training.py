@@ -418,7 +418,7 @@ def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
 def test_a_real_run_on_korsts_rises(offline_encoder: Path, tmp_path: Path) -> None:
     done = run("training_sts.py", offline_encoder, "--data_dir", KORNLU, "--max_steps", 30,
-               "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
+               "--max_seq_length", 128, "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["dev_pairs"] == 1500
