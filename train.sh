@@ -20,27 +20,27 @@ run() { # prints the command, then runs it
 MRL="--matryoshka_dims 768,512,256,128,64,32"
 
 recipe() {
-    local d="--data_dir $DATA_DIR"
+    local d=(--data_dir "$DATA_DIR")
     case $1 in
         # Expected KorSTS-test cosine Spearman (published) behind each line.
-        ko-sroberta-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-base $d ;;                 # 85.60
-        ko-sbert-multitask) run python training_multi-task.py --model_name_or_path klue/bert-base $d ;;                       # 84.71
-        ko-sroberta-nli) run python training_nli.py --model_name_or_path klue/roberta-base $d ;;                              # 83.85
-        ko-sbert-nli) run python training_nli.py --model_name_or_path klue/bert-base $d ;;                                    # 83.16
-        ko-sroberta-sts) run python training_sts.py --model_name_or_path klue/roberta-base $d ;;                              # 81.82
-        ko-sbert-sts) run python training_sts.py --model_name_or_path klue/bert-base $d ;;                                    # 81.23
-        ko-sroberta-multitask-mrl) run python training_multi-task.py --model_name_or_path klue/roberta-base $MRL $d ;;        # 85.07
-        ko-sroberta-nli-mrl) run python training_nli.py --model_name_or_path klue/roberta-base $MRL $d ;;                     # 84.07
-        ko-sroberta-sts-mrl) run python training_sts.py --model_name_or_path klue/roberta-base $MRL $d ;;                     # 81.84
-        ko-sbert-multitask-mrl) run python training_multi-task.py --model_name_or_path klue/bert-base $MRL $d ;;              # not published
-        ko-sbert-nli-mrl) run python training_nli.py --model_name_or_path klue/bert-base $MRL $d ;;                           # not published
-        ko-sbert-sts-mrl) run python training_sts.py --model_name_or_path klue/bert-base $MRL $d ;;                           # not published
-        ko-sroberta-small-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-small $d ;;          # not published
-        ko-sroberta-large-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-large $d ;;          # not published
-        ko-sroberta-small-nli) run python training_nli.py --model_name_or_path klue/roberta-small $d ;;                       # not published
-        ko-sroberta-large-nli) run python training_nli.py --model_name_or_path klue/roberta-large $d ;;                       # not published
-        ko-sroberta-small-sts) run python training_sts.py --model_name_or_path klue/roberta-small $d ;;                       # not published
-        ko-sroberta-large-sts) run python training_sts.py --model_name_or_path klue/roberta-large $d ;;                       # not published
+        ko-sroberta-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-base "${d[@]}" ;;                 # 85.60
+        ko-sbert-multitask) run python training_multi-task.py --model_name_or_path klue/bert-base "${d[@]}" ;;                       # 84.71
+        ko-sroberta-nli) run python training_nli.py --model_name_or_path klue/roberta-base "${d[@]}" ;;                              # 83.85
+        ko-sbert-nli) run python training_nli.py --model_name_or_path klue/bert-base "${d[@]}" ;;                                    # 83.16
+        ko-sroberta-sts) run python training_sts.py --model_name_or_path klue/roberta-base "${d[@]}" ;;                              # 81.82
+        ko-sbert-sts) run python training_sts.py --model_name_or_path klue/bert-base "${d[@]}" ;;                                    # 81.23
+        ko-sroberta-multitask-mrl) run python training_multi-task.py --model_name_or_path klue/roberta-base $MRL "${d[@]}" ;;        # 85.07
+        ko-sroberta-nli-mrl) run python training_nli.py --model_name_or_path klue/roberta-base $MRL "${d[@]}" ;;                     # 84.07
+        ko-sroberta-sts-mrl) run python training_sts.py --model_name_or_path klue/roberta-base $MRL "${d[@]}" ;;                     # 81.84
+        ko-sbert-multitask-mrl) run python training_multi-task.py --model_name_or_path klue/bert-base $MRL "${d[@]}" ;;              # not published
+        ko-sbert-nli-mrl) run python training_nli.py --model_name_or_path klue/bert-base $MRL "${d[@]}" ;;                           # not published
+        ko-sbert-sts-mrl) run python training_sts.py --model_name_or_path klue/bert-base $MRL "${d[@]}" ;;                           # not published
+        ko-sroberta-small-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-small "${d[@]}" ;;          # not published
+        ko-sroberta-large-multitask) run python training_multi-task.py --model_name_or_path klue/roberta-large "${d[@]}" ;;          # not published
+        ko-sroberta-small-nli) run python training_nli.py --model_name_or_path klue/roberta-small "${d[@]}" ;;                       # not published
+        ko-sroberta-large-nli) run python training_nli.py --model_name_or_path klue/roberta-large "${d[@]}" ;;                       # not published
+        ko-sroberta-small-sts) run python training_sts.py --model_name_or_path klue/roberta-small "${d[@]}" ;;                       # not published
+        ko-sroberta-large-sts) run python training_sts.py --model_name_or_path klue/roberta-large "${d[@]}" ;;                       # not published
         *) echo "error: no recipe $1; recipes: $(recipes) all demo" >&2; exit 2 ;;
     esac
 }
