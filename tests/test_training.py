@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from encoders import write_plain_encoder
+from hub import Hub
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
@@ -124,6 +126,35 @@ def test_a_stage_goes_on_from_a_run_folder_and_a_dead_run_says_so(
     assert third.returncode == 2
     assert third.stderr.splitlines()[-1].endswith("an unfinished training run: go on with --resume")
     assert not (tmp_path / "never").exists()
+
+
+def test_base_and_trained_model_come_from_the_hub_and_go_to_it(
+    encoder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoder, tmp_path / "hub/klue/tiny")
+    with Hub(tmp_path / "hub") as hub:
+        environment = os.environ | hub.environment(tmp_path / "cache")
+
+        def from_hub(model: str, *options: object) -> subprocess.CompletedProcess:
+            line = command("training_sts.py", Path(model), "--max_steps", 1, "--no_test", *options)
+            return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+        first = tmp_path / "first"
+        done = from_hub("klue/tiny", "--run_dir", first, "--push_to_hub", "someone/trained")
+        assert done.returncode == 0, done.stderr
+        pushed = tmp_path / "hub/someone/trained"
+        assert (pushed / "modules.json").read_bytes() == (first / "modules.json").read_bytes()
+        assert "base_model: klue/tiny" in (pushed / "README.md").read_text()
+        assert not (pushed / "checkpoints").exists()
+        assert not (pushed / "logs").exists()
+        second = from_hub("someone/trained", "--run_dir", tmp_path / "second")
+        assert second.returncode == 0, second.stderr
+        hub.faults["someone/refused"] = "push-403"
+        refused = tmp_path / "refused"
+        third = from_hub("klue/tiny", "--run_dir", refused, "--push_to_hub", "someone/refused")
+        assert third.returncode == 1
+        assert third.stderr.splitlines()[-1].startswith("error: someone/refused: not uploaded: ")
+        assert json.loads((refused / "run.json").read_text())["finished"]
 
 
 def test_a_bad_file_stops_before_anything_is_left(encoder: Path, tmp_path: Path) -> None:
