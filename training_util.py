@@ -686,7 +686,7 @@ def recipe_trainer(
         save_steps=sys.maxsize,
         metric_for_best_model="cosine_spearman",
         greater_is_better=True,
-        logging_steps=50,
+        logging_steps=10,
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=["tensorboard"],

@@ -1,54 +1,609 @@
-"""The export command on a tiny encoder."""
+"""Exports tiny encoders, and the offline one where it exists, and compares every vector."""
 
-from __future__ import annotations
-
+import hashlib
+import itertools
 import json
+import os
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
-from encoders import write_plain_encoder
+import pytest
+import torch
+from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
+from onnx import numpy_helper
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from tokenizers import Tokenizer
-
-from model_util import load_encoder
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY / "onnx"))
+
+import export_onnx  # noqa: E402
+import measure_onnx  # noqa: E402
+import quantize_onnx  # noqa: E402
+
+from data_util import command_line, read_korsts  # noqa: E402
+from model_util import load_encoder, save_encoder  # noqa: E402
+
+SCRIPT = REPOSITORY / "onnx/export_onnx.py"
+EXAMPLE = REPOSITORY / "examples/semantic_search_onnx.py"
+SENTENCES = ["한 남자가 음식을 먹는다.", "", "가", "여자가 악기를 연주하고 있다. " * 30]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "bert": BertConfig(**SIZES, intermediate_size=64, initializer_range=0.2),
+    "roberta": RobertaConfig(
+        **SIZES, intermediate_size=64, initializer_range=0.2, type_vocab_size=1, pad_token_id=0
+    ),
+    "electra": ElectraConfig(
+        **SIZES, intermediate_size=64, initializer_range=0.2, embedding_size=16
+    ),
+    "distilbert": DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2),
+}
 
 
-def export(model: Path, output: Path) -> subprocess.CompletedProcess:
-    script = str(REPOSITORY / "onnx/export_onnx.py")
-    command = [sys.executable, script, "--model", str(model), "--output", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+def write_encoder(folder: Path, kind: str = "bert", pooling: str = "mean", *more) -> Path:
+    """Writes an encoder of two layers as a run folder, with more modules after its pooling."""
+    plain = write_plain_encoder(folder / "plain")
+    torch.manual_seed(0)
+    config = CONFIGS[kind]
+    config.vocab_size, config.max_position_embeddings = tiny_tokenizer().get_vocab_size(), 160
+    AutoModel.from_config(config).save_pretrained(plain)
+    model = load_encoder(str(plain), max_seq_length=128, device="cpu")
+    modules = [model[0], Pooling(32, pooling_mode=pooling), *more]
+    save_encoder(SentenceTransformer(modules=modules, device="cpu"), folder / "run")
+    return folder / "run"
 
 
-def test_the_exported_file_gives_the_sentence_embedding(tmp_path: Path) -> None:
-    encoder = write_plain_encoder(tmp_path / "tiny")
-    files = [tmp_path / "first.onnx", tmp_path / "again" / "first.onnx"]
-    files[1].parent.mkdir()
-    for file in files:
-        done = export(encoder, file)
-        assert done.returncode == 0, done.stderr
-    assert files[0].read_bytes() == files[1].read_bytes()
-    sentences = ["비행기가 이륙하고 있다.", "가", "한 남자가 큰 플루트를 연주하고 있다."]
-    tokenizer = Tokenizer.from_file(str(tmp_path / "first.tokenizer.json"))
-    encodings = tokenizer.encode_batch(sentences)
-    session = onnxruntime.InferenceSession(files[0], providers=["CPUExecutionProvider"])
-    given = {
-        "input_ids": np.array([encoding.ids for encoding in encodings]),
-        "attention_mask": np.array([encoding.attention_mask for encoding in encodings]),
-        "token_type_ids": np.array([encoding.type_ids for encoding in encodings]),
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch, capsys):
+    """Runs the command line in this process; returns exit status and stderr, stdout in .out."""
+
+    def call(model: object, *arguments: object, output: Path = tmp_path / "out/tiny.onnx"):
+        command = ["export_onnx.py", "--model", model, "--output", output, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        status = 0
+        # The samples are not KorSTS: what is measured on them says nothing about a model.
+        monkeypatch.setattr(measure_onnx, "SENTENCES", {32: 8, 1: 2})
+        monkeypatch.setattr(measure_onnx, "ROUNDS", 1)
+        try:
+            with command_line():
+                export_onnx.main()
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 1
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)
+        call.out, err = capsys.readouterr()
+        return status, [line for line in err.splitlines() if line.startswith("error")]
+
+    return call
+
+
+def features(session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray) -> dict:
+    everything = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {item.name: everything[item.name] for item in session.get_inputs()}
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+# --- The graph -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, pooling, inputs",
+    [
+        ("bert", "mean", 3),
+        ("bert", "cls", 3),
+        ("bert", "max", 3),
+        ("roberta", "mean", 2),  # one token type: no such input
+        ("roberta", "cls", 2),
+        ("electra", "mean", 3),
+        ("distilbert", "mean", 2),
+    ],
+)
+def test_every_shape_and_mask_equals_the_torch_forward(tmp_path, export, kind, pooling, inputs):
+    folder = write_encoder(tmp_path, kind, pooling)
+    assert export(folder) == (0, [])
+    session = onnxruntime.InferenceSession(tmp_path / "out/tiny.onnx")
+    assert len(session.get_inputs()) == inputs
+    assert all(item.type == "tensor(int64)" for item in session.get_inputs())
+    (output,) = session.get_outputs()
+    assert (output.name, output.shape[1], output.type) == (
+        "sentence_embedding",
+        32,
+        "tensor(float)",
+    )
+    model = load_encoder(str(folder), device="cpu")
+    generator = np.random.default_rng(0)
+    for batch, length in itertools.product((1, 2, 3, 64), (1, 5, 64, 128)):
+        ids = generator.integers(4, tiny_tokenizer().get_vocab_size(), size=(batch, length))
+        holes = generator.integers(0, 2, size=ids.shape)
+        holes[:, length // 2] = 1
+        lengths = generator.integers(1, length + 1, size=(batch, 1))
+        right = (np.arange(length) < lengths).astype(np.int64)
+        for mask in (np.ones_like(ids), right, right[:, ::-1].copy(), holes):
+            feeds = features(session, ids, mask)
+            tensors = {name: torch.from_numpy(values) for name, values in feeds.items()}
+            with torch.inference_mode():
+                expected = model(tensors)["sentence_embedding"].numpy()
+            (found,) = session.run(None, feeds)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_normalize_and_dim(tmp_path, export):
+    folder = write_encoder(tmp_path, "bert", "mean", Normalize())
+    assert export(folder, "--dim", 8) == (0, [])
+    path = tmp_path / "out/tiny.onnx"
+    session = onnxruntime.InferenceSession(path)
+    tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
+    found = measure_onnx.embed(session, tokenizer, SENTENCES)
+    expected = load_encoder(str(folder), device="cpu").encode(SENTENCES, truncate_dim=8)
+    assert found.shape == (4, 8) and session.get_outputs()[0].shape == ["batch", 8]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert settings["dimension"] == 8 and settings["normalized"] is False  # a slice is not
+
+
+def test_standard_operators_and_one_file_that_stands_alone(tmp_path, bert, export):
+    assert export(bert) == (0, [])
+    assert left_over(tmp_path / "out") == ["tiny.json", "tiny.onnx", "tiny.tokenizer.json"]
+    content = (tmp_path / "out/tiny.onnx").read_bytes()
+    assert str(REPOSITORY).encode() not in content and str(tmp_path).encode() not in content
+    alone = tmp_path / "empty"
+    alone.mkdir()
+    (alone / "model.onnx").write_bytes(content)
+    proto = onnx.load(alone / "model.onnx")
+    assert [(item.domain, item.version) for item in proto.opset_import] == [("", 17)]
+    assert {node.domain for node in proto.graph.node} == {""}
+    metadata = {item.key: item.value for item in proto.metadata_props}
+    digest = hashlib.sha256((bert / "model.safetensors").read_bytes()).hexdigest()
+    tokenizer = metadata.pop("tokenizer")
+    assert metadata == {
+        "model": "run",
+        "revision": f"sha256:{digest}",
+        "licence": "unknown",
+        "max_seq_length": "128",
+        "pooling": "mean",
+        "normalized": "False",
+        "dimension": "32",
+        "prompt": "",
+        "precision": "fp32",
     }
-    feed = {node.name: given[node.name] for node in session.get_inputs()}
-    (embeddings,) = session.run(["sentence_embedding"], feed)
-    expected = load_encoder(str(encoder), device="cpu").encode(sentences)
-    assert np.abs(embeddings - expected).max() < 1e-5
-    assert json.loads((tmp_path / "first.json").read_text())["dimension"] == 32
+    settings = json.loads((tmp_path / "out/tiny.json").read_text(encoding="utf-8"))
+    assert settings["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert settings["max_seq_length"] == 128
+    assert tokenizer == (tmp_path / "out/tiny.tokenizer.json").read_text(encoding="utf-8")
+    found = measure_onnx.embed(
+        onnxruntime.InferenceSession(alone / "model.onnx"), Tokenizer.from_str(tokenizer), SENTENCES
+    )
+    expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_missing_model_leaves_no_file(tmp_path: Path) -> None:
-    done = export(tmp_path / "nothing", tmp_path / "nothing.onnx")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'nothing'}: ")
-    assert not list(tmp_path.iterdir())
+def test_two_exports_are_the_same_bytes_in_any_process(tmp_path, bert):
+    contents = []
+    for seed in ("0", "1"):
+        output = tmp_path / seed / "tiny.onnx"
+        subprocess.run(
+            [sys.executable, SCRIPT, "--model", bert, "--output", output],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+        contents.append([path.read_bytes() for path in sorted(output.parent.iterdir())])
+    assert len(contents[0]) == 3 and contents[0] == contents[1]
+
+
+def test_the_default_prompt_is_the_consumers_business(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    prompts = {"prompts": {"query": "질문: "}, "default_prompt_name": "query"}
+    edit_json(folder / "config_sentence_transformers.json", **prompts)
+    assert export(folder) == (0, [])  # checked with the prompt before each sentence
+    settings = json.loads((tmp_path / "out/tiny.json").read_text(encoding="utf-8"))
+    assert settings["prompt"] == "질문: "
+
+
+# --- What is refused, and what failure leaves ------------------------------------------------
+
+
+def test_modules_that_the_graph_would_not_hold(tmp_path, export):
+    dense = write_encoder(tmp_path / "dense", "bert", "mean", Dense(32, 16))
+    assert export(dense) == (2, [f"error: {dense}: module 2 is Dense, not Normalize"])
+    pooling = write_encoder(tmp_path / "pooling", "bert", "weightedmean")
+    status, errors = export(pooling)
+    assert status == 2 and "pooling 'weightedmean' is not supported" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+def test_a_tokenizer_without_a_pad_token(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content.pop("pad_token", None)
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    status, errors = export(folder)
+    assert status == 2 and "no pad token" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--dim", 33], 2, "--dim 33: .* has 32 dimensions"),
+        (["--dim", 0], 2, "--dim 0: .* has 32 dimensions"),
+        (["--quantize", "int8", "--data_dir", "nowhere"], 2, "sts-test.tsv: no such file"),
+        (["--update_readme", "nowhere.md"], 1, "nowhere.md: No such file"),
+    ],
+)
+def test_bad_arguments(tmp_path, bert, export, arguments, status, message):
+    found, errors = export(bert, *arguments)
+    assert found == status and re.search(message, errors[0])
+    assert left_over(tmp_path / "out") == []
+
+
+def test_a_missing_model_and_a_name_that_is_not_onnx(tmp_path, bert, export):
+    status, errors = export(tmp_path / "nowhere")
+    assert status == 2 and "no such folder" in errors[0] and len(errors) == 1
+    assert export(bert, output=tmp_path / "out/model.bin")[0] == 2
+
+
+def test_a_path_that_cannot_be_written(tmp_path, bert, export):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    status, errors = export(bert, output=tmp_path / "file/model.onnx")
+    assert status == 1 and len(errors) == 1 and "file" in errors[0]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, bert):
+    output = tmp_path / "out/tiny.onnx"
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--model", bert, "--output", output],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert left_over(output.parent) == ["tiny.onnx"] and output.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(tmp_path, bert, signal_number):
+    folder = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--model", bert, "--output", folder / "tiny.onnx"],
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored in the background
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not left_over(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
+    assert left_over(folder) == []
+
+
+def test_a_failed_check_leaves_no_file(tmp_path, bert, export, monkeypatch):
+    original = export_onnx.SentenceEncoder.forward
+    monkeypatch.setattr(
+        export_onnx.SentenceEncoder, "forward", lambda *args: original(*args) + 2e-5
+    )
+    status, errors = export(bert)
+    assert status == 1 and re.search(
+        "differs from sentence-transformers by 2..e-05, more than 1e-05", errors[0]
+    )
+    assert left_over(tmp_path / "out") == []
+
+
+def test_above_2_gb_the_weights_lie_beside(tmp_path, bert, export, monkeypatch, capsys):
+    monkeypatch.setattr(export_onnx, "MAX_FILE_BYTES", 10_000)
+    assert export(bert, "--quantize", "int8", "--data_dir", SAMPLES, "--force",
+                  "--results_dir", tmp_path / "results") == (0, [])  # fmt: skip
+    names = [f"{name}.{end}" for name in ("tiny", "tiny-int8")
+             for end in ("json", "onnx", "onnx.data", "tokenizer.json")]  # fmt: skip
+    assert left_over(tmp_path / "out") == sorted(names)
+    assert (tmp_path / "out/tiny.onnx.data").stat().st_size > 10_000
+    path = tmp_path / "out/tiny.onnx"
+    tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
+    found = measure_onnx.embed(onnxruntime.InferenceSession(path), tokenizer, SENTENCES)
+    expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    monkeypatch.undo()
+
+
+# --- int8 and fp16 ---------------------------------------------------------------------------
+
+
+def saturating_products(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """uint8 (n, k) times int8 (m, k) as CPUs with AVX2 alone do: pairs saturate in 16 bits."""
+    products = activations[:, None].astype(np.int64) * weights[None].astype(np.int64)
+    pairs = products.reshape(*products.shape[:2], -1, 2).sum(-1)
+    return np.clip(pairs, -32768, 32767).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["normal", "one sign", "equal", "outliers", "zero"])
+def test_int8_weights_cannot_saturate(kind):
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(64, 96)).astype(np.float32)
+    if kind == "one sign":
+        weights = np.abs(weights)
+    elif kind == "equal":
+        weights[:] = 0.3
+    elif kind == "outliers":
+        weights[:, ::7] *= 50
+    elif kind == "zero":
+        weights[:] = 0
+    values, scale = quantize_onnx.int8_weights(weights, np.full(64, 1e-30))
+    assert values.dtype == np.int8 and scale.dtype == np.float32 and (scale > 0).all()
+    assert (np.abs(values * scale[:, None] - weights) <= scale[:, None] / 2 * 1.0001).all()
+    worst = [np.where(values > 0, 255, 0), np.where(values < 0, 255, 0)]
+    for activations in [*worst, generator.integers(0, 256, size=(64, 96))]:
+        exact = activations.astype(np.int64) @ values.T.astype(np.int64)
+        assert (saturating_products(activations, values) == exact).all()
+
+
+def test_full_range_weights_would_saturate():
+    """The emulation sees what `int8_weights` avoids."""
+    values = np.full((1, 2), 127, dtype=np.int8)
+    assert saturating_products(np.full((1, 2), 255), values)[0, 0] == 32767 < 255 * 254
+
+
+def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
+    results = tmp_path / "results"
+    arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--results_dir", results]
+    assert export(bert, *arguments, "--max_loss", 100) == (0, [])
+    assert "| ONNX int8 |" in export.out
+    path = tmp_path / "out/tiny-int8.onnx"
+    proto = onnx.load(path)
+    assert [(item.domain, item.version) for item in proto.opset_import] == [("", 17)]
+    arrays = [numpy_helper.to_array(item) for item in proto.graph.initializer]
+    matrices = [array for array in arrays if array.ndim == 2 and array.dtype == np.int8]
+    # Word embeddings, and in each of two layers four: query, key and value are one.
+    assert len(matrices) == 1 + 2 * 4
+    session = onnxruntime.InferenceSession(path)
+    tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
+    table = read_korsts(SAMPLES / "KorSTS/sts-test.tsv")
+    sentences = [*dict.fromkeys(table["sentence1"])]
+    found = measure_onnx.embed(session, tokenizer, sentences)
+    expected = load_encoder(str(bert), device="cpu").encode(sentences)
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    assert ((found * expected).sum(axis=1) / norms).min() > 0.99
+    # Static: the others of a batch do not change an embedding.
+    alone = measure_onnx.embed(session, tokenizer, sentences, batch_size=1)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=0.02)
+    assert np.median(np.abs(found - alone)) < 1e-6
+
+    content = json.loads((results / "onnx/tiny.json").read_text(encoding="utf-8"))
+    assert [row["encoder"] for row in content["rows"]] == [
+        "SentenceTransformer fp32", "ONNX fp32", "ONNX int8"]  # fmt: skip
+    assert content["rows"][1]["lost"] == pytest.approx(0, abs=1e-6)
+    assert content["rows"][2]["size_bytes"] == path.stat().st_size
+    assert str(tmp_path) not in json.dumps(content)
+
+
+def test_int8_is_the_same_bytes_twice(tmp_path, bert, export):
+    arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--force", "--results_dir", tmp_path]
+    outputs = [tmp_path / name / "tiny.onnx" for name in ("first", "second")]
+    for output in outputs:
+        assert export(bert, *arguments, output=output) == (0, [])
+    first, second = (output.with_name("tiny-int8.onnx").read_bytes() for output in outputs)
+    assert first == second
+
+
+def test_a_loss_too_large_is_refused_unless_forced(tmp_path, bert, export, monkeypatch):
+    measured = {"lost": 0.006, "cosine_spearman": 0.5, "lost_interval": [0, 1], "size_bytes": 1,
+                "first_embedding_seconds": 1, "sentences_per_second_32": 1,
+                "sentences_per_second_1": 1, "encoder": "?"}  # fmt: skip
+    monkeypatch.setattr(export_onnx, "measure", lambda *_: [measured])
+    arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--results_dir", tmp_path / "results"]
+    status, errors = export(bert, *arguments)
+    assert status == 1 and "int8 loses 0.60 points, more than --max_loss 0.5" in errors[0]
+    assert left_over(tmp_path / "out") == ["tiny.json", "tiny.onnx", "tiny.tokenizer.json"]
+    assert left_over(tmp_path / "results") == []
+    assert export(bert, *arguments, "--force") == (0, [])
+    assert "tiny-int8.onnx" in left_over(tmp_path / "out")
+
+
+def test_calibration_sees_no_test_sentence(tmp_path, bert, export, monkeypatch):
+    data = tmp_path / "KorSTS"
+    data.mkdir()
+    for name in ("train", "test"):  # test sentences are in train, too
+        lines = (SAMPLES / "KorSTS/sts-test.tsv").read_text(encoding="utf-8").splitlines()
+        if name == "train":
+            more = (SAMPLES / "KorSTS/sts-train.tsv").read_text(encoding="utf-8").splitlines()
+            lines += more[1:]
+        (data / f"sts-{name}.tsv").write_text("\n".join(lines), encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(
+        export_onnx, "activation_ranges", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        export(bert, "--quantize", "int8", "--data_dir", tmp_path)
+    test = read_korsts(data / "sts-test.tsv")
+    assert seen and not {*seen} & {*test["sentence1"], *test["sentence2"]}
+
+
+def test_int8_of_another_architecture_is_refused(tmp_path, export):
+    folder = write_encoder(tmp_path, "distilbert")
+    arguments = ["--quantize", "int8", "--data_dir", SAMPLES]
+    status, errors = export(folder, *arguments)
+    assert status == 2 and "--quantize int8: distilbert" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+def test_fp16(tmp_path, bert, export):
+    assert export(bert, "--fp16") == (0, [])
+    path = tmp_path / "out/tiny-fp16.onnx"
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_outputs()[0].type == "tensor(float)"
+    tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
+    found = measure_onnx.embed(session, tokenizer, SENTENCES)
+    expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
+    difference = np.abs(found - expected).max()
+    assert 1e-6 < difference <= 1e-2  # really half precision
+
+
+# --- README, example -------------------------------------------------------------------------
+
+
+def test_readme_and_results_agree(tmp_path):
+    readme = tmp_path / "README.md"
+    original = (REPOSITORY / "onnx/README.md").read_text(encoding="utf-8")
+    readme.write_text(original, encoding="utf-8")
+    measure_onnx.update_readme(readme, REPOSITORY / "results")
+    assert readme.read_text(encoding="utf-8") == original, "run export_onnx.py --update_readme"
+
+
+def test_update_readme_writes_what_was_measured(tmp_path, export):
+    row = {"encoder": "SentenceTransformer fp32", "size_bytes": 1e6, "lost": 0.0,
+           "first_embedding_seconds": 4.0, "sentences_per_second_32": 100.0,
+           "sentences_per_second_1": 50.0, "cosine_spearman": 0.8,
+           "lost_interval": [0.0, 0.0]}  # fmt: skip
+    int8 = row | {"encoder": "ONNX int8", "sentences_per_second_32": 450.0, "lost": 0.00123,
+                  "cosine_spearman": 0.79877, "lost_interval": [-0.001, 0.003]}  # fmt: skip
+    measure_onnx.write_results(tmp_path / "onnx/tiny.json", "tiny", "sha256:0", [row, int8])
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- results:onnx -->\nold\n<!-- /results:onnx -->\nb\n", "utf-8")
+    assert export("x", "--update_readme", readme, "--results_dir", tmp_path) == (0, [])
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("a\n<!--") and text.endswith("-->\nb\n") and "old" not in text
+    expected = "| ONNX int8 | 1.0 | 450 (4.5x) | 50 (1.0x) | 4.00 | 79.88 | 0.12 [-0.10, 0.30] |"
+    assert expected in text
+    readme.write_text("no markers", "utf-8")
+    assert export("x", "--update_readme", readme, "--results_dir", tmp_path)[0] == 2
+
+
+def test_the_example_ranks_as_sentence_transformers_does(tmp_path, bert, export):
+    assert export(bert) == (0, [])
+    result = subprocess.run(
+        [sys.executable, EXAMPLE, "--model", tmp_path / "out/tiny.onnx"],
+        cwd="/",
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    sys.path.append(str(EXAMPLE.parent))
+    from semantic_search_onnx import CORPUS, QUERIES
+
+    model = load_encoder(str(bert), device="cpu")
+    corpus, queries = (
+        model.encode(texts, normalize_embeddings=True) for texts in (CORPUS, QUERIES)
+    )
+    expected = [sorted(scores, reverse=True)[:5] for scores in queries @ corpus.T]
+    found = [float(score) for score in re.findall(r"\(Score: (-?[\d.]+)\)", result.stdout)]
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-4)
+    assert result.stdout.count("Top 5 most similar sentences") == 3
+
+
+def test_the_example_says_what_is_wrong_with_a_file(tmp_path):
+    (tmp_path / "damaged.onnx").write_bytes(b"no onnx")
+    for name in ("damaged.onnx", "nowhere.onnx"):
+        result = subprocess.run(
+            [sys.executable, EXAMPLE, "--model", tmp_path / name], capture_output=True, text=True
+        )
+        assert result.returncode == 2 and name in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+# --- The real encoder ------------------------------------------------------------------------
+
+OFFLINE_ENCODER = REPOSITORY / "models/e5-small-ko"
+KORSTS = next(
+    (path for path in (REPOSITORY / "KorNLUDatasets", REPOSITORY.parent / "shared/KorNLUDatasets")
+     if path.is_dir()), None,
+)  # fmt: skip
+needs_encoder = pytest.mark.skipif(
+    not OFFLINE_ENCODER.is_dir(), reason="no models/e5-small-ko: python offline_encoder.py makes it"
+)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The offline encoder as fp32 file; export_onnx.py itself checks it."""
+    output = tmp_path_factory.mktemp("real") / "e5-small-ko.onnx"
+    command = [sys.executable, SCRIPT, "--model", OFFLINE_ENCODER, "--output", output]
+    subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+@needs_encoder
+def test_the_real_encoder(real):
+    model = load_encoder(str(OFFLINE_ENCODER), device="cpu")
+    session = onnxruntime.InferenceSession(real)
+    tokenizer = Tokenizer.from_file(str(real.with_suffix(".tokenizer.json")))
+    sentences = [*export_onnx.CHECK_SENTENCES[:-1], *SENTENCES]
+    found = measure_onnx.embed(session, tokenizer, sentences)
+    np.testing.assert_allclose(found, model.encode(sentences), rtol=0, atol=1e-5)
+    ids = np.random.default_rng(0).integers(4, 20_000, size=(3, 20))
+    mask = (np.arange(20) >= np.array([[0], [7], [19]])).astype(np.int64)
+    mask[0, 3:9] = 0
+    feeds = features(session, ids, mask)
+    with torch.inference_mode():
+        expected = model({name: torch.from_numpy(values) for name, values in feeds.items()})
+    expected = expected["sentence_embedding"].numpy()
+    np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_encoder
+@pytest.mark.skipif(KORSTS is None, reason="no KorNLUDatasets")
+def test_int8_of_the_real_encoder_loses_next_to_nothing(tmp_path):
+    output = tmp_path / "e5.onnx"
+    command = [sys.executable, SCRIPT, "--model", OFFLINE_ENCODER, "--output", output,
+               "--quantize", "int8", "--data_dir", KORSTS,
+               "--results_dir", tmp_path, "--max_loss", "0.2"]  # fmt: skip
+    subprocess.run(command, check=True)
+    content = json.loads((tmp_path / "onnx/e5.json").read_text(encoding="utf-8"))
+    _, fp32, int8 = content["rows"]
+    assert abs(fp32["lost"]) < 1e-5 and int8["lost"] <= 0.002
+    assert int8["size_bytes"] <= 0.3 * fp32["size_bytes"]
+
+
+@pytest.mark.slow
+@needs_encoder
+def test_the_example_without_torch_starts_five_times_sooner(real, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    packages = ["numpy", "tokenizers", "onnxruntime"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    absent = (
+        "import importlib.util as u; print([u.find_spec(m) for m in ('torch', 'transformers')])"
+    )
+    found = subprocess.run([python, "-c", absent], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[None, None]"
+    command = [python, EXAMPLE, "--model", real]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.count("Score:") == 15
+    print(
+        "first embedding, seconds: onnxruntime",
+        measure_onnx.first_embedding_seconds("onnxruntime", real),
+        "sentence-transformers",
+        measure_onnx.first_embedding_seconds("sentence-transformers", OFFLINE_ENCODER),
+    )
