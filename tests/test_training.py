@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from encoders import edit_json, write_plain_encoder
+from encoders import write_plain_encoder
 from hub import Hub
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -155,32 +155,6 @@ def test_base_and_trained_model_come_from_the_hub_and_go_to_it(
         assert third.returncode == 1
         assert third.stderr.splitlines()[-1].startswith("error: someone/refused: not uploaded: ")
         assert json.loads((refused / "run.json").read_text())["finished"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_train_as_one_at_the_same_global_batch(script: str, tmp_path: Path) -> None:
-    steady = write_plain_encoder(tmp_path / "steady")
-    edit_json(steady / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = ["--max_steps", 10, "--learning_rate", 1e-3, "--no_test"]
-    options += {"training_nli.py": ["--batch_size", 16]}.get(script, [])
-    options += {"training_multi-task.py": ["--nli_batch_size", 16]}.get(script, [])
-    ends = []
-    for processes in (1, 2):
-        folder = tmp_path / f"of-{processes}"
-        line = command(script, steady, *options, "--run_dir", folder)
-        if processes > 1:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            line = [*torchrun, "--nproc_per_node", str(processes), *line[1:]]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("finished: ") == 1
-        state = json.loads((folder / "checkpoints/checkpoint-10/trainer_state.json").read_text())
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        scores = json.loads((folder / "scores.json").read_text())
-        ends.append((losses, scores["dev"]["cosine_pearson"]))
-    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-4)
-    assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-3)
 
 
 def test_a_bad_file_stops_before_anything_is_left(encoder: Path, tmp_path: Path) -> None:
