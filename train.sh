@@ -61,10 +61,10 @@ demo() {
     local options=(--model_name_or_path "$model" --data_dir "$data")
     echo "== STS, 60 steps"
     run python training_sts.py "${options[@]}" --max_steps 60 --run_dir "$runs/sts"
-    echo "== NLI, 10 steps"
-    run python training_nli.py "${options[@]}" --max_steps 10 "${nli[@]}" --run_dir "$runs/nli"
-    echo "== multi-task, 20 steps"
-    run python training_multi-task.py "${options[@]}" --max_steps 20 "${nli[@]}" --run_dir "$runs/multi-task"
+    echo "== NLI, 20 steps"
+    run python training_nli.py "${options[@]}" --max_steps 20 "${nli[@]}" --run_dir "$runs/nli"
+    echo "== multi-task, 40 steps"
+    run python training_multi-task.py "${options[@]}" --max_steps 40 "${nli[@]}" --run_dir "$runs/multi-task"
 }
 
 for name in "$@"; do # a wrong name stops before anything is installed

@@ -773,7 +773,9 @@ def finish_run(
         "best_step": best_step,
         "dev": dict(dev_scores)[best_step],
     }
-    print(f"best of sts-dev.tsv (step {best_step}): {spearman_line(scores['dev'])}")
+    if scores["before_training"]:
+        print(f"sts-dev.tsv before training:  {spearman_line(scores['before_training'])}")
+    print(f"sts-dev.tsv, best (step {best_step}): {spearman_line(scores['dev'])}")
     if test is not None:
         test_scores = KorSTSEvaluator(test, args.matryoshka_dims)(best)
         scores |= {"test_file": "sts-test.tsv", "test_pairs": len(test), "test": test_scores}
