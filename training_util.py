@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -253,7 +254,7 @@ class KorSTSEvaluator(BaseEvaluator):
         super().__init__()
         self.pairs, self.dims = pairs, list(dims or [])
         self.greater_is_better, self.primary_metric = True, "cosine_spearman"
-        self.cpu_seconds = 0.0
+        self.cpu_seconds = self.wall_seconds = 0.0
 
     def __call__(
         self,
@@ -263,7 +264,7 @@ class KorSTSEvaluator(BaseEvaluator):
         steps: int = -1,
     ) -> dict[str, float]:
         """Returns the scores in [-1, 1]; raises FloatingPointError for NaN embeddings."""
-        start = time.process_time()
+        wall, cpu = time.perf_counter(), time.process_time()
         pairs = self.pairs
         codes, sentences = pd.factorize(pd.concat([pairs["sentence1"], pairs["sentence2"]]))
         embeddings = model.encode(list(sentences), batch_size=32, show_progress_bar=False)
@@ -276,7 +277,8 @@ class KorSTSEvaluator(BaseEvaluator):
                 scores |= {key + suffix: value for key, value in result.items()}
         except ValueError as error:
             raise FloatingPointError(f"step {steps}: {error}") from None
-        self.cpu_seconds += time.process_time() - start
+        self.cpu_seconds += time.process_time() - cpu
+        self.wall_seconds += time.perf_counter() - wall
         return scores
 
 
@@ -722,6 +724,7 @@ def train(args: argparse.Namespace, trainer: RecipeTrainer) -> SentenceTransform
         checkpoint = broadcast_object_list([checkpoint])[0]
         trainer.args.eval_on_start = checkpoint is None
         print(f"resuming from {checkpoint or 'the start: no checkpoint yet'}", file=sys.stderr)
+    startup = time.time() - psutil.Process().create_time()
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -732,12 +735,14 @@ def train(args: argparse.Namespace, trainer: RecipeTrainer) -> SentenceTransform
         command = shlex.join(["python", sys.argv[0], *options, "--resume"])
         print(f"\nstopped; to go on: {command}", file=sys.stderr)
         raise
-    evaluation_cpu = trainer.evaluator.cpu_seconds
+    evaluation = trainer.evaluator
     args.seconds = {
         "steps": trainer.state.global_step - (_step(checkpoint) if checkpoint else 0),
-        "wall_seconds": round(time.perf_counter() - wall, 2),
-        "training_cpu_seconds": round(time.process_time() - cpu - evaluation_cpu, 2),
-        "evaluation_cpu_seconds": round(evaluation_cpu, 2),
+        "startup_seconds": round(startup, 2),
+        "training_wall_seconds": round(time.perf_counter() - wall - evaluation.wall_seconds, 2),
+        "training_cpu_seconds": round(time.process_time() - cpu - evaluation.cpu_seconds, 2),
+        "evaluation_wall_seconds": round(evaluation.wall_seconds, 2),
+        "evaluation_cpu_seconds": round(evaluation.cpu_seconds, 2),
         # Kilobytes on Linux, bytes on macOS.
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         // (2**20 if sys.platform == "darwin" else 2**10),

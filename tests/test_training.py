@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import re
+import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from encoders import write_plain_encoder
+from encoders import edit_json, write_plain_encoder
 from hub import Hub
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -244,6 +248,167 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
         second = run("training_sts.py", encoder, *options, "--resume")
     assert second.returncode == 2
     assert "another run is at work in this folder" in second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
+def test_killed_twenty_times_the_real_encoder_ends_with_the_same_weights(
+    offline_encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 60, "--save_steps", 10, "--data_dir", KORNLU, "--no_test"]
+    whole = run("training_sts.py", offline_encoder, *options, "--run_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    generator = np.random.default_rng(777)
+    for kill in range(20):
+        resume = ["--resume"] if (killed / "run.json").exists() else []
+        line = command("training_sts.py", offline_encoder, *options, "--run_dir", killed, *resume)
+        process = subprocess.Popen(
+            line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        if kill % 2:  # while a checkpoint is being written, or just after
+            before = set(killed.glob("checkpoints/*"))
+            while process.poll() is None and set(killed.glob("checkpoints/*")) <= before:
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0, 0.6))
+        else:
+            time.sleep(generator.uniform(0, 15))
+        process.kill()
+        process.wait()
+        assert not (killed / "modules.json").exists()
+    done = run("training_sts.py", offline_encoder, *options, "--run_dir", killed, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    expected, actual = weights(tmp_path / "whole"), weights(killed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) -> None:
+    options = ["--save_steps", 2, "--run_dir", tmp_path / "run", "--no_test"]
+    process = subprocess.Popen(
+        command("training_sts.py", encoder, "--max_steps", 2000, *options),
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    while process.poll() is None and not checkpoint_states(tmp_path / "run"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    line = next(line for line in stderr.splitlines() if line.startswith("stopped; to go on: "))
+    again = shlex.split(line.removeprefix("stopped; to go on: "))
+    assert again[1:] == [*process.args[1:], "--resume"]
+    assert training_util.last_checkpoint(tmp_path / "run/checkpoints")
+
+
+def file_size_limit(limit: int) -> None:
+    """A write beyond it fails in the middle of a file, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 6, "--save_steps", 2, "--run_dir", folder, "--no_test"]
+    whole = run("training_sts.py", encoder, *options[:-3], "--run_dir", tmp_path / "whole",
+                "--no_test")  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    sizes = [path.stat().st_size for path in (tmp_path / "whole/checkpoints").rglob("*.*")]
+    resume: list[str] = []
+    # Too little for the optimizer, then for the weights, then for the small files.
+    for limit in (max(sizes) - 1000, max(sizes) // 2 - 1000, 2000):
+        done = subprocess.run(
+            command("training_sts.py", encoder, *options, *resume), capture_output=True, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            preexec_fn=functools.partial(file_size_limit, limit),
+        )  # fmt: skip
+        assert done.returncode == 1, (limit, done.stderr)
+        assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (folder / "modules.json").exists()
+        resume = ["--resume"]
+    done = run("training_sts.py", encoder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    expected, actual = weights(tmp_path / "whole"), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_an_output_folder_that_cannot_be_written(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("whole")
+    done = run("training_sts.py", encoder, "--output_dir", tmp_path / "file", "--no_test")
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "whole"
+    if os.geteuid() == 0:
+        return  # root writes to read-only folders
+    (tmp_path / "closed").mkdir(mode=0o555)
+    done = run("training_sts.py", encoder, "--output_dir", tmp_path / "closed", "--no_test")
+    assert done.returncode == 1
+    assert "Permission denied" in done.stderr.splitlines()[-1]
+
+
+def test_early_stopping_ends_after_evaluations_without_a_best(
+    encoder: Path, tmp_path: Path
+) -> None:
+    # At a rate as high as this one, dev falls after the first epoch.
+    done = run("training_sts.py", encoder, "--num_epochs", 30, "--learning_rate", 0.5,
+               "--early_stopping", 2, "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    steps = [entry["step"] for entry in scores["evaluations"]]
+    assert len([step for step in steps if step > scores["best_step"]]) == 2
+    assert len(steps) < 30
+
+
+def test_accumulated_batches_and_precision_auto_train_as_one_batch_in_fp32(
+    encoder: Path, tmp_path: Path
+) -> None:
+    steady = shutil.copytree(encoder, tmp_path / "steady")
+    edit_json(steady / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = ["--max_steps", 8, "--learning_rate", 1e-3, "--no_test"]
+    ends = []
+    for name, more in (
+        ("one", ["--batch_size", 8]),
+        ("two", ["--batch_size", 4, "--gradient_accumulation_steps", 2]),
+        ("auto", ["--batch_size", 8, "--precision", "auto"]),
+    ):
+        folder = tmp_path / name
+        done = run("training_sts.py", steady, *options, *more, "--run_dir", folder)
+        assert done.returncode == 0, done.stderr
+        ends.append(json.loads((folder / "scores.json").read_text())["dev"]["cosine_pearson"])
+        assert ends[-1] != json.loads((folder / "scores.json").read_text())["before_training"]
+    assert ends[1] == pytest.approx(ends[0], abs=1e-4)
+    if not torch.cuda.is_available():
+        assert ends[2] == ends[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_train_as_one_at_the_same_global_batch(script: str, tmp_path: Path) -> None:
+    steady = write_plain_encoder(tmp_path / "steady")
+    edit_json(steady / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    options = ["--max_steps", 10, "--learning_rate", 1e-3, "--no_test"]
+    options += {"training_nli.py": ["--batch_size", 16]}.get(script, [])
+    options += {"training_multi-task.py": ["--nli_batch_size", 16]}.get(script, [])
+    ends = []
+    for processes in (1, 2):
+        folder = tmp_path / f"of-{processes}"
+        line = command(script, steady, *options, "--run_dir", folder)
+        if processes > 1:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            line = [*torchrun, "--nproc_per_node", str(processes), *line[1:]]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("finished: ") == 1
+        state = json.loads((folder / "checkpoints/checkpoint-10/trainer_state.json").read_text())
+        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        scores = json.loads((folder / "scores.json").read_text())
+        ends.append((losses, scores["dev"]["cosine_pearson"]))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-4)
+    assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-3)
 
 
 # --- Options ---------------------------------------------------------------------------------
