@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def command_line() -> Iterator[None]:
     Exit status 2 for a `UserError` (bad arguments or data), 1 for what the machine refuses (a full
     disk, a folder without write permission), 130 after Ctrl-C.
     """
+    threading.excepthook = _end_thread
     try:
         yield
     except UserError as error:
@@ -65,8 +67,20 @@ def command_line() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        print(_system_line(error), file=sys.stderr)
         sys.exit(1)
+
+
+def _system_line(error: OSError) -> str:
+    return f"error: {error.filename or 'system'}: {error.strerror or error}"
+
+
+def _end_thread(args: threading.ExceptHookArgs) -> None:
+    """Gives the system's refusals one line in threads too (TensorBoard writes in one)."""
+    if isinstance(args.exc_value, OSError):
+        print(_system_line(args.exc_value), file=sys.stderr)
+    else:
+        threading.__excepthook__(args)
 
 
 def blob_id(path: Path) -> str:

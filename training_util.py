@@ -389,12 +389,11 @@ class EvaluationPoints(ProgressCallback):
                 f"{spearman_line(scores)}",
                 file=sys.stderr,
             )
-        if self.patience is not None:
-            best = state.best_global_step or 0
-            later = {step for step, _ in evaluations(state) if step > best}
-            # The evaluation at hand is judged after this call: it counts from the next one on.
-            if len(later - {state.global_step}) >= self.patience:
-                control.should_training_stop = True
+        # The trainer takes note of a new best after this call.
+        if self.patience is not None and state.best_metric is not None:
+            later = [step for step, _ in evaluations(state) if step > state.best_global_step]
+            is_best = metrics["eval_cosine_spearman"] > state.best_metric
+            control.should_training_stop = not is_best and len(later) >= self.patience
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the trainer's dictionaries out of the terminal; TensorBoard has them."""
@@ -706,9 +705,8 @@ def recipe_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     dev_text = f"sts-dev.tsv, {len(dev):,} pairs"
-    trainer.add_callback(
-        EvaluationPoints(evaluate_at, args.save_steps, args.early_stopping, dev_text)
-    )
+    trainer.points = EvaluationPoints(evaluate_at, args.save_steps, args.early_stopping, dev_text)
+    trainer.add_callback(trainer.points)
     return trainer
 
 
@@ -735,6 +733,9 @@ def train(args: argparse.Namespace, trainer: RecipeTrainer) -> SentenceTransform
         command = shlex.join(["python", sys.argv[0], *options, "--resume"])
         print(f"\nstopped; to go on: {command}", file=sys.stderr)
         raise
+    finally:
+        if trainer.points.training_bar is not None:
+            trainer.points.training_bar.close()  # an error gets a line of its own
     evaluation = trainer.evaluator
     args.seconds = {
         "steps": trainer.state.global_step - (_step(checkpoint) if checkpoint else 0),

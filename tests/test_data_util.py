@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
@@ -345,6 +346,17 @@ def test_errors_end_a_script_with_their_status(error, status, message, capsys):
     assert end.value.code == status
     assert output.err.endswith(message) and "Traceback" not in output.err
     assert output.out == ""
+
+
+def test_a_full_disk_in_a_thread_is_one_line_too(capsys):
+    def write() -> None:
+        raise OSError(28, "No space left on device", "events")
+
+    with command_line():
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().err == "error: events: No space left on device\n"
 
 
 # --- what is read past, and what stays text --------------------------------------------------

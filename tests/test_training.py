@@ -290,7 +290,7 @@ def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) ->
         command("training_sts.py", encoder, "--max_steps", 2000, *options),
         stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    while process.poll() is None and not checkpoint_states(tmp_path / "run"):
+    while process.poll() is None and not [*tmp_path.glob("run/checkpoints/*/manifest.json")]:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
@@ -353,8 +353,8 @@ def test_an_output_folder_that_cannot_be_written(encoder: Path, tmp_path: Path) 
 def test_early_stopping_ends_after_evaluations_without_a_best(
     encoder: Path, tmp_path: Path
 ) -> None:
-    # At a rate as high as this one, dev falls after the first epoch.
-    done = run("training_sts.py", encoder, "--num_epochs", 30, "--learning_rate", 0.5,
+    # At a rate as high as this one, dev falls again after a few epochs.
+    done = run("training_sts.py", encoder, "--num_epochs", 30, "--learning_rate", 0.01,
                "--early_stopping", 2, "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "run/scores.json").read_text())
