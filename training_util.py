@@ -166,11 +166,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--precision {args.precision}: needs a GPU; fp32 or auto work here")
     if args.push_to_hub and get_token() is None:
         raise UserError("--push_to_hub: no token: set HF_TOKEN (or log in with `hf auth login`)")
-    args.world_size = PartialState().num_processes
+    # torchrun without a GPU trains on CPUs (gloo): accelerate wants to be told.
+    args.world_size = PartialState(cpu=not torch.accelerator.is_available()).num_processes
     for name in ("batch_size", "nli_batch_size", "sts_batch_size"):
         size = getattr(args, name, None)
         if size is not None and size % args.world_size:
             raise UserError(f"--{name} {size}: cannot be shared by {args.world_size} processes")
+    if not PartialState().is_main_process:
+        return  # the first process answers for the folder, and makes it
     if args.resume and not (args.run_dir / "run.json").is_file():
         raise UserError(f"--resume: {args.run_dir}: no run.json: no run to go on with")
     if not args.resume and args.run_dir and args.run_dir.exists() and any(args.run_dir.iterdir()):
@@ -680,6 +683,7 @@ def recipe_trainer(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         bf16=args.precision == "bf16" or (args.precision == "auto" and has_bf16),
         fp16=args.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=args.seed,
         eval_strategy="no",  # EvaluationPoints decides when
         eval_on_start=not args.resume,

@@ -3,9 +3,14 @@
     pip install "sentence-transformers[train]"
     python fine_tune_your_own.py pairs.csv --output my-model
 
-Its columns: sentence1, sentence2 and score (0 to --scale); others are left alone. About a tenth of
-the pairs is kept back as dev set and shares no sentence with the others. Prints the cosine Spearman
-x100 on it before and after training, and saves the last weights: the dev set chooses nothing.
+The columns: sentence1, sentence2 and score (0 to --scale); others are left alone. About a tenth of
+the pairs is kept back as dev set and shares no sentence with the others. It chooses nothing: the
+last weights are saved. Prints cosine Spearman x100 on it, here of 1,000 KorSTS pairs and another
+encoder (multilingual-e5-small):
+
+    900 pairs for training, 100 for dev
+    before: 84.03
+    after: 87.42
 """
 
 import argparse
@@ -86,7 +91,9 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("pairs", type=Path, metavar="PAIRS.csv", help="scored sentence pairs")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the model")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="new folder", default=argparse.SUPPRESS
+    )
     parser.add_argument("--model", default="jhgan/ko-sroberta-multitask", help="Hub name or folder")
     parser.add_argument("--scale", type=float, default=5, help="the highest score; 0 is the lowest")
     parser.add_argument("--num_epochs", type=int, default=4, help="passes over the pairs")

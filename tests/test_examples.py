@@ -1,0 +1,244 @@
+"""The Python examples: their real commands, what they print, and what they say of bad input."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from encoders import SAMPLES, write_plain_encoder
+from hub import Hub
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / "examples"
+sys.path.append(str(EXAMPLES))
+
+import fine_tune_your_own  # noqa: E402
+import semantic_search  # noqa: E402
+import semantic_search_onnx  # noqa: E402
+
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+HEADER = "sentence1,sentence2,score\n"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = REPOSITORY / "models/e5-small-ko"
+    if built.is_dir():
+        return built
+    folder = tmp_path_factory.mktemp("models") / "e5-small-ko"
+    script = [sys.executable, str(REPOSITORY / "offline_encoder.py"), "--output", str(folder)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
+    return folder
+
+
+def run(
+    name: str, *options: object, env: dict[str, str] = OFFLINE, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    line = [sys.executable, str(EXAMPLES / name), *map(str, options)]
+    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=cwd)
+
+
+# --- semantic_search.py ----------------------------------------------------------------------
+
+
+def ranking(text: str) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Reads printed results: for each query its sentences and scores, in their order."""
+    found = []
+    for line in text.strip().splitlines():
+        if hit := re.fullmatch(r"  (-?\d\.\d{4})  (.+)", line):
+            found[-1][1].append((hit[2], float(hit[1])))
+        else:
+            found.append((line, []))
+    return found
+
+
+def test_the_search_finds_what_it_found_before(offline_encoder: Path, tmp_path: Path) -> None:
+    done = run("semantic_search.py", "--model", offline_encoder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (REPOSITORY / "tests/expected/semantic_search.txt").read_text(encoding="utf-8")
+    found, expected = ranking(done.stdout), ranking(text)
+    assert [query for query, _ in found] == semantic_search.QUERIES
+    for (_, hits), (_, expected_hits) in zip(found, expected, strict=True):
+        assert [sentence for sentence, _ in hits] == [sentence for sentence, _ in expected_hits]
+        scores = [score for _, score in expected_hits]
+        assert [score for _, score in hits] == pytest.approx(scores, abs=1e-4)
+
+
+def test_both_searches_and_the_readme_hold_the_same_sentences() -> None:
+    assert semantic_search.CORPUS == semantic_search_onnx.CORPUS
+    assert semantic_search.QUERIES == semantic_search_onnx.QUERIES
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    published = ranking(re.search(r"```\n(한 남자가 파스타.+?)```", readme, re.DOTALL)[1])
+    assert [query for query, _ in published] == semantic_search.QUERIES
+    for _, hits in published:
+        assert len(hits) == 5
+        assert {sentence for sentence, _ in hits} <= set(semantic_search.CORPUS)
+
+
+def test_the_command_of_the_docstring_takes_the_published_model(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "hub/jhgan/ko-sroberta-multitask")
+    with Hub(tmp_path / "hub") as hub:
+        environment = os.environ | hub.environment(tmp_path / "cache")
+        done = run("semantic_search.py", env=environment)
+        assert done.returncode == 0, done.stderr
+        assert [len(hits) for _, hits in ranking(done.stdout)] == [5, 5, 5]
+        unknown = run("semantic_search.py", "--model", "jhgan/unknown", env=environment)
+    assert unknown.returncode == 2
+    assert unknown.stderr.splitlines()[-1].startswith("error: jhgan/unknown: ")
+    assert "Traceback" not in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("models/nowhere", "no such folder, and not from the Hub: "),
+        ("empty", "Unrecognized model"),
+        ("cut", "deserializing header"),
+    ],
+)
+def test_the_search_says_what_is_wrong_with_a_model(
+    model: str, says: str, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    weights = shutil.copytree(tiny, tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = run("semantic_search.py", "--model", model, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {model}: ") and says in line
+
+
+# --- fine_tune_your_own.py -------------------------------------------------------------------
+
+
+def sample_pairs() -> pd.DataFrame:
+    """Returns the 192 sample pairs; scores from 0 to 5."""
+    files = [SAMPLES / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")]
+    tables = [pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE) for file in files]
+    return pd.concat(tables)[["sentence1", "sentence2", "score"]]
+
+
+def test_training_moves_the_dev_score_and_leaves_the_model(
+    offline_encoder: Path, tmp_path: Path
+) -> None:
+    # Scores upside down: what the encoder cannot know yet, so that six steps show.
+    pairs = sample_pairs()
+    pairs["score"] = 5 - pairs["score"]
+    # As Excel writes it: a BOM, CRLF, and another column.
+    pairs.assign(note="a, b").to_csv(
+        tmp_path / "pairs.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n"
+    )
+    options = ["pairs.csv", "--model", offline_encoder, "--num_epochs", 1, "--output", "new/model"]
+    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(
+        r"(\d+) pairs for training, (\d+) for dev\nbefore: (-\S+)\nafter: (-\S+)\n", done.stdout
+    )
+    assert found, done.stdout
+    train, dev = fine_tune_your_own.split(
+        fine_tune_your_own.read_pairs(tmp_path / "pairs.csv", 5), seed=777
+    )
+    assert [int(found[1]), int(found[2])] == [len(train), len(dev)]
+    before, after = float(found[3]), float(found[4])
+    assert after > before + 2
+
+    evaluator = EmbeddingSimilarityEvaluator(
+        list(dev["sentence1"]), list(dev["sentence2"]), list(dev["score"]), main_similarity="cosine"
+    )
+    folder = tmp_path / "new/model"
+    scores = [
+        100 * evaluator(SentenceTransformer(str(path)))["spearman_cosine"]
+        for path in (offline_encoder, folder)
+    ]
+    assert scores == pytest.approx([before, after], abs=0.006)
+    assert list(folder.parent.iterdir()) == [folder]  # nothing is left beside it
+    assert not (folder / "README.md").exists()  # a card would quote the pairs
+
+    again = run("fine_tune_your_own.py", *options, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == "error: new/model: is there already: give a new folder\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, ": no such file"),
+        ("", ":1: no column sentence1, sentence2, score"),
+        ("sentence1;sentence2;score\n", ":1: no column sentence1, sentence2, score"),
+        ("sentence1,score\na,1\n", ":1: no column sentence2"),
+        (HEADER + "가,나,1\n\n다,라,높음\n", ":4: could not convert string to float: '높음'"),
+        (HEADER + "가,나,\n", ":2: could not convert string to float: ''"),
+        (HEADER + "가,나,5.1\n", ":2: score 5.1 is outside 0 to 5 (--scale)"),
+        (HEADER + "가,나,nan\n", ":2: score nan is outside 0 to 5 (--scale)"),
+        (HEADER + '"가\n가",나,1\n가,나,-1\n', ":4: score -1 is outside 0 to 5 (--scale)"),
+        (HEADER + "가,나,1\n안녕, 하세요,다,1\n", ":3: not as many fields as the header: quote"),
+        (HEADER + "가,1\n", ":2: not as many fields as the header: quote"),
+        (HEADER + "가, ,1\n", ":2: a sentence is blank"),
+        (HEADER + '"가"나,다,1\n', ":2: ',' expected after '\"'"),
+        (HEADER.encode() + "가,나,1\n".encode("cp949"), ":2: not UTF-8 (in Excel, save as CSV"),
+        (HEADER + "가,나,1\n" * 50, ": too few pairs apart: 50 for training, 0 for dev; 32 and 10"),
+        (HEADER, ": too few pairs apart: 0 for training, 0 for dev; 32 and 10 are needed"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(
+    content: str | bytes | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    path, output = tmp_path / "pairs.csv", tmp_path / "model"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    # A model that is not there: it must not be asked for before the file is right.
+    options = [str(path), "--output", str(output), "--model", str(tmp_path / "nowhere/model")]
+    monkeypatch.setattr(sys, "argv", ["fine_tune_your_own.py", *options])
+    with pytest.raises(SystemExit) as end:
+        fine_tune_your_own.main()
+    captured = capsys.readouterr()
+    assert (end.value.code, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"error: {path}{says}")
+    assert not output.exists()
+
+
+def test_a_model_that_is_not_there_ends_training_before_it_begins(tmp_path: Path) -> None:
+    sample_pairs().to_csv(tmp_path / "pairs.csv", index=False)
+    options = ["pairs.csv", "--output", "model", "--model", "nowhere/a/model"]
+    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nowhere/a/model: cannot be loaded")
+    assert os.listdir(tmp_path) == ["pairs.csv"]
+
+
+def test_dev_shares_no_sentence_with_training() -> None:
+    pairs = pd.DataFrame(
+        # Forty pairs in a chain, too many for dev; then sixty in threes around one sentence.
+        [(f"chain {i}", f"chain {i + 1}", i / 100) for i in range(40)]
+        + [(f"middle {i // 3}", f"end {i}", i / 100) for i in range(60)],
+        columns=["sentence1", "sentence2", "score"],
+    )
+    train, dev = fine_tune_your_own.split(pairs, seed=1)
+    assert (len(train), len(dev)) == (91, 9)
+    sentences = [set(part["sentence1"]) | set(part["sentence2"]) for part in (train, dev)]
+    assert not sentences[0] & sentences[1]
+    pd.testing.assert_frame_equal(pd.concat([train, dev]).sort_index(), pairs)
+    assert fine_tune_your_own.split(pairs, seed=1)[1].equals(dev)
+    assert not fine_tune_your_own.split(pairs, seed=2)[1].equals(dev)
