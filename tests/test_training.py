@@ -289,6 +289,8 @@ def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) ->
     process = subprocess.Popen(
         command("training_sts.py", encoder, "--max_steps", 2000, *options),
         stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        # Tests that run in the background inherit a SIGINT that is ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not [*tmp_path.glob("run/checkpoints/*/manifest.json")]:
         time.sleep(0.01)
@@ -596,19 +598,6 @@ def test_the_scripts_stay_short_and_share_no_run_of_twelve_lines() -> None:
 
 def test_onnx_is_no_package() -> None:
     assert not (REPOSITORY / "onnx/__init__.py").exists()
-
-
-@pytest.fixture(scope="session")
-def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = REPOSITORY / "models/e5-small-ko"
-    if built.is_dir():
-        return built
-    folder = tmp_path_factory.mktemp("models") / "e5-small-ko"
-    script = [sys.executable, str(REPOSITORY / "offline_encoder.py"), "--output", str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
-    return folder
 
 
 @pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
