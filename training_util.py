@@ -42,8 +42,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+)
 from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
@@ -293,7 +297,7 @@ def spearman_line(scores: dict[str, float]) -> str:
 # --- Padding ---------------------------------------------------------------------------------
 
 
-def pack_sentences(model: SentenceTransformer, row_length: int = 64) -> None:
+def pack_sentences(model: SentenceTransformer, row_length: int = 48) -> None:
     """Makes training forwards on a CPU skip padding: sentences share rows, each seeing only itself.
 
     The sentences of a batch are laid into rows of row_length tokens (or the longest sentence's),
@@ -565,10 +569,26 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
     return model
 
 
+class OneForward(torch.nn.Module):
+    """Embeds all columns of a batch in one forward: the recipes' are sentences of one kind."""
+
+    def __init__(self, model: SentenceTransformer, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss  # the trainer puts its DDP model where `model` is
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        embeddings = embed_columns(self.model, sentence_features, separate_first=False)
+        return self.loss.compute_loss_from_embeddings(embeddings, labels)
+
+
 def with_matryoshka(
     model: SentenceTransformer, loss: torch.nn.Module, args: argparse.Namespace
 ) -> torch.nn.Module:
-    """Wraps the loss so that it counts at each of --matryoshka_dims, where those are given."""
+    """Makes the loss take one forward, and count at each of --matryoshka_dims where given."""
+    if not isinstance(loss, CachedMultipleNegativesRankingLoss):  # has forwards of its own
+        loss = OneForward(model, loss)
     if not args.matryoshka_dims:
         return loss
     return MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
