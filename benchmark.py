@@ -119,7 +119,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--embedding_precision", choices=precisions, default="float32", help=precision_help)
     compare_help = (
         "print score A - score B with its paired bootstrap interval; writes no file. The interval "
-        "is over the pairs of the corpus: another training seed may differ by more"
+        "is over the pairs of the corpus: another training seed may differ by more. A1,A2,... "
+        "stands for the mean of the scores of several models, such as the seeds of one recipe"
     )
     add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
     add("--trust_remote_code", action="store_true", help="run Python code that a model carries")
@@ -421,13 +422,20 @@ def benchmark(
 def compare(args: argparse.Namespace, table: pd.DataFrame) -> None:
     """Prints each score of A and B, their difference and its interval, and a verdict."""
     results = []
-    for model in args.compare:
-        encoder, prompt = load(model, args)
-        embeddings, pairs = encode_pairs(encoder, table, prompt, progress=row_name(model))
-        try:
-            results.append(score(embeddings, pairs, table, args.embedding_precision))
-        except ValueError as error:
-            raise UserError(f"{model}: {error}") from None
+    for side in args.compare:
+        found = []
+        for model in side.split(","):
+            encoder, prompt = load(model, args)
+            embeddings, pairs = encode_pairs(encoder, table, prompt, progress=row_name(model))
+            try:
+                found.append(score(embeddings, pairs, table, args.embedding_precision))
+            except ValueError as error:
+                raise UserError(f"{model}: {error}") from None
+        # All models see the same resamples, so that means of samples are samples of the mean.
+        results.append(
+            [{key: np.mean([one[key] for one in part], axis=0) for key in part[0]}
+             for part in zip(*found, strict=True)]
+        )  # fmt: skip
     (scores_a, samples_a), (scores_b, samples_b) = results
     print(f"{'x100':20}{'A':>8}{'B':>8}{'A - B':>8}   95% interval")
     for key, a in scores_a.items():
@@ -437,7 +445,7 @@ def compare(args: argparse.Namespace, table: pd.DataFrame) -> None:
             f"   {100 * low:+.2f} to {100 * high:+.2f}"
         )
     low, high = interval(samples_a["cosine_spearman"] - samples_b["cosine_spearman"])
-    a, b = map(row_name, args.compare)
+    a, b = (",".join(map(row_name, side.split(","))) for side in args.compare)
     verdict = f"{a} is better than {b}" if low > 0 else f"{b} is better than {a}"
     holds_zero = low <= 0 <= high
     print(

@@ -14,10 +14,36 @@ from __future__ import annotations
 import itertools
 import math
 
-from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+import torch
+from sentence_transformers.sentence_transformer.losses import (
+    AnglELoss,
+    CoSENTLoss,
+    CosineSimilarityLoss,
+)
 
 import training_util
 from data_util import command_line, file_record, read_korsts
+
+
+class PearsonLoss(torch.nn.Module):
+    """One minus the Pearson correlation of a batch's cosine similarities with its scores."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+
+    def compute_loss_from_embeddings(
+        self, embeddings: list[torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        cosine = torch.cosine_similarity(*embeddings)
+        return 1 - torch.cosine_similarity(cosine - cosine.mean(), labels - labels.mean(), dim=0)
+
+
+LOSSES = {
+    "cosine": CosineSimilarityLoss,
+    "cosent": CoSENTLoss,
+    "angle": AnglELoss,
+    "pearson": PearsonLoss,
+}
 
 
 def main() -> None:
@@ -26,6 +52,13 @@ def main() -> None:
         __doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5
     )
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step")
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="cosine",
+        help="cosine: squared error of each pair, as the original; cosent, angle: the order of a "
+        "batch's pairs; pearson: 1 - their correlation. The last three want 32 pairs or more",
+    )
     args = parser.parse_args()
     training_util.check_options(args)
 
@@ -47,7 +80,7 @@ def main() -> None:
 
     # 4. Model and loss
     model = training_util.load_model(args)
-    loss = training_util.with_matryoshka(model, CosineSimilarityLoss(model), args)
+    loss = training_util.with_matryoshka(model, LOSSES[args.loss](model), args, gather=True)
 
     # 5. Training: the dev score decides which checkpoint is kept
     training_util.open_run_folder(args, records)

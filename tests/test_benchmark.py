@@ -422,6 +422,19 @@ def test_compare_gives_the_paired_difference(run, plain, trained, tmp_path):
     assert shown == pytest.approx([100 * v for v in (*scores, difference, low, high)], abs=0.02)
 
 
+def test_compare_takes_the_mean_of_several_models(run, plain, trained):
+    def first_row(*sides):
+        out = run("--compare", *sides)[1]
+        row = next(line for line in out.splitlines() if line.startswith("cosine_spearman"))
+        return [float(value) for value in row.replace(" to ", " ").split()[1:]]
+
+    one, other = first_row(trained, plain)[:2]
+    a, b, difference, low, high = first_row(f"{trained},{plain}", plain)
+    assert [a, b] == pytest.approx([(one + other) / 2, other], abs=0.02)
+    whole = first_row(trained, plain)[2:]
+    assert [difference, low, high] == pytest.approx([v / 2 for v in whole], abs=0.02)
+
+
 def test_compare_says_who_is_better_only_where_the_interval_leaves_out_0(
     run, plain, trained, monkeypatch
 ):

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +31,9 @@ from sentence_transformers.sentence_transformer.losses import CosineSimilarityLo
 
 import training_util
 from data_util import UserError, read_korsts, read_nli_triplets
+from evaluation_util import SCORE_KEYS
+from model_util import load_encoder
+from training_sts import PearsonLoss
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLES = REPOSITORY / "tests" / "samples"
@@ -387,11 +392,16 @@ def test_accumulated_batches_and_precision_auto_train_as_one_batch_in_fp32(
         assert ends[2] == ends[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_train_as_one_at_the_same_global_batch(script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [*((script, []) for script in SCRIPTS), ("training_sts.py", ["--loss", "pearson"])],
+)
+def test_two_processes_train_as_one_at_the_same_global_batch(
+    script: str, more: list[str], tmp_path: Path
+) -> None:
     steady = write_plain_encoder(tmp_path / "steady")
     edit_json(steady / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    options = ["--max_steps", 10, "--learning_rate", 1e-3, "--no_test"]
+    options = ["--max_steps", 10, "--learning_rate", 1e-3, "--no_test", *more]
     options += {"training_nli.py": ["--batch_size", 16]}.get(script, [])
     options += {"training_multi-task.py": ["--nli_batch_size", 16]}.get(script, [])
     ends = []
@@ -413,6 +423,82 @@ def test_two_processes_train_as_one_at_the_same_global_batch(script: str, tmp_pa
     assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-3)
 
 
+# --- Losses, dropout, averaging --------------------------------------------------------------
+
+
+def test_the_pearson_loss_is_one_minus_the_correlation() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(2, 32, 8)).astype(np.float32)
+    scores = generator.random(32, dtype=np.float32)
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    expected = 1 - np.corrcoef((first * second).sum(1) / norms, scores)[0, 1]
+    loss = PearsonLoss(torch.nn.Identity())
+    embeddings = [torch.tensor(first, requires_grad=True), torch.tensor(second)]
+    assert loss.compute_loss_from_embeddings(
+        embeddings, torch.tensor(scores)
+    ).item() == pytest.approx(expected, abs=1e-6)
+    alone = loss.compute_loss_from_embeddings([e[:1] for e in embeddings], torch.tensor(scores[:1]))
+    alone.backward()  # the last batch may hold one pair: no correlation, and no NaN
+    assert alone.item() == 1 and torch.isfinite(embeddings[0].grad).all()
+
+
+@pytest.mark.parametrize("loss", ["cosent", "angle", "pearson"])
+def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
+    loss: str, encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--loss", loss, "--batch_size", 32, "--learning_rate", 1e-3, "--no_test"]
+    options += ["--max_steps", 10, "--save_steps", 2, "--average_checkpoints", 3]
+    done = run(
+        "training_sts.py",
+        encoder,
+        *options,
+        "--attention_dropout",
+        0,
+        "--run_dir",
+        tmp_path / "run",
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["dev"]["cosine_spearman"] > scores["before_training"]["cosine_spearman"]
+    assert scores["average"]["steps"] == [6, 8, 10]
+    best = max(entry["cosine_spearman"] for entry in scores["evaluations"])
+    assert scores["dev"]["cosine_spearman"] == max(best, scores["average"]["cosine_spearman"])
+    folders = [tmp_path / f"run/checkpoints/checkpoint-{step}" for step in (6, 8, 10)]
+    mean = scores["average"]["cosine_spearman"] > best
+    if not mean:
+        folders = [tmp_path / f"run/checkpoints/checkpoint-{scores['best_step']}"]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    for name, value in load_file(tmp_path / "run/model.safetensors").items():
+        expected = torch.stack([one[name] for one in weights]).mean(0)
+        assert torch.allclose(value, expected, atol=1e-7), name
+    assert ("mean of steps 6, 8, 10" in done.stdout) == mean
+
+
+def test_the_mean_of_checkpoints_is_taken_where_dev_prefers_it(
+    monkeypatch: pytest.MonkeyPatch, encoder: Path, tmp_path: Path
+) -> None:
+    models = {}
+    for step, value in ((2, 1.0), (4, 2.0), (6, 6.0)):
+        models[step] = load_encoder(str(encoder))
+        with torch.no_grad():
+            for weight in models[step].parameters():
+                weight.fill_(value)
+        models[step].save(str(tmp_path / f"checkpoint-{step}"))
+    args = argparse.Namespace(average_checkpoints=2, max_seq_length=None)
+
+    def trainer(mean_score: float) -> Any:
+        return SimpleNamespace(
+            args=SimpleNamespace(output_dir=tmp_path),
+            evaluator=lambda model, steps: dict.fromkeys(SCORE_KEYS, mean_score),
+            state=SimpleNamespace(global_step=6, best_metric=0.5),
+            points=SimpleNamespace(dev="dev"),
+        )
+
+    better = training_util.try_average(args, trainer(0.6), models[6])
+    assert all((weight == 4.0).all() for weight in better.parameters())
+    assert training_util.try_average(args, trainer(0.4), models[6]) is models[6]
+
+
 # --- Options ---------------------------------------------------------------------------------
 
 
@@ -428,6 +514,8 @@ def test_two_processes_train_as_one_at_the_same_global_batch(script: str, tmp_pa
         (["--learning_rate", "nan"], "--learning_rate nan: must be above 0"),
         (["--max_steps", "-1"], "--max_steps -1: must be above 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--average_checkpoints", "0"], "--average_checkpoints 0: must be above 0"),
+        (["--attention_dropout", "1"], "--attention_dropout 1.0: must be from 0 to below 1"),
         (["--resume"], "give the folder"),
         (["--resume", "--run_dir", "nowhere"], "no run to go on with"),
         (["--run_dir", "."], "not empty"),
