@@ -76,10 +76,10 @@ def losses_new(model_name: str, train_file: Path, batch_size: int, steps: int) -
     import training_util
 
     seen = []
-    forward = losses.CosineSimilarityLoss.forward
+    compute = losses.CosineSimilarityLoss.compute_loss_from_embeddings
 
     def recorded(self, *inputs, **options):
-        loss = forward(self, *inputs, **options)
+        loss = compute(self, *inputs, **options)
         seen.append(loss.item())
         return loss
 
@@ -87,7 +87,7 @@ def losses_new(model_name: str, train_file: Path, batch_size: int, steps: int) -
         for start in range(0, rows, batch_size):
             yield list(range(start, start + batch_size))
 
-    losses.CosineSimilarityLoss.forward = recorded
+    losses.CosineSimilarityLoss.compute_loss_from_embeddings = recorded
     training_util.shuffled_batches = in_order
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = train_command(model_name, train_file, batch_size, steps, Path(folder) / "run")
