@@ -19,7 +19,7 @@ setup_python() {
         fi
     fi
     stamp=$("$PYTHON" -c 'import sys; print(sys.prefix)')/installed-$(basename "$(dirname "$requirements")")
-    wanted=$(cat "$root/requirements.txt" "$requirements")
+    wanted=$(cat "$root"/requirements.txt "$root"/*/requirements.txt)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $1 into $("$PYTHON" -c 'import sys; print(sys.prefix)')" >&2
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2

