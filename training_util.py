@@ -8,6 +8,7 @@ finished when run.json says when.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import functools
 import hashlib
@@ -125,6 +126,13 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         metavar="K",
         help="try the mean of the last K checkpoints' weights, too (see --save_steps); dev decides",
     )
+    add(
+        "--start_weight",
+        type=float,
+        default=0,
+        metavar="W",
+        help="try the trained weights mixed with this share of the starting ones; dev decides",
+    )
     add("--seed", type=int, default=777, help="decides data order, partners and dropout")
     add(
         "--precision",
@@ -170,6 +178,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be above 0")
     if args.attention_dropout is not None and not 0 <= args.attention_dropout < 1:
         raise UserError(f"--attention_dropout {args.attention_dropout}: must be from 0 to below 1")
+    if not 0 <= args.start_weight < 1:
+        raise UserError(f"--start_weight {args.start_weight}: must be from 0 to below 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: must be from 0 to 4294967295")
     dims, weights = args.matryoshka_dims, args.matryoshka_weights
@@ -482,7 +492,8 @@ class RecipeTrainer(SentenceTransformerTrainer):
         self, *args: Any, batches: list[list[int]], keep_last: int = 1, **kwargs: Any
     ) -> None:
         self.batches, self.keep_last = batches, keep_last
-        self.average: dict[str, Any] | None = None  # what try_average found
+        self.tried: dict[str, dict[str, float]] = {}  # see try_means
+        self.chosen = ""
         super().__init__(*args, **kwargs)
 
     def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -821,34 +832,47 @@ def train(args: argparse.Namespace, trainer: RecipeTrainer) -> SentenceTransform
                 f"error: the best checkpoint (step {best_step}) gives dev cosine Spearman {actual} "
                 f"when read back, and gave {expected} while training"
             )
-        if args.average_checkpoints > 1:
-            best = try_average(args, trainer, best)
+        if args.average_checkpoints > 1 or args.start_weight:
+            best = try_means(args, trainer, best)
     return best
 
 
-def try_average(
+def mean_weights(models: list[SentenceTransformer], shares: list[float]) -> SentenceTransformer:
+    """Returns a model whose weights are the mean of the models', each with its share (sum 1)."""
+    mean = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for target, *weights in zip(*(m.parameters() for m in (mean, *models)), strict=True):
+            target.copy_(sum(share * weight for share, weight in zip(shares, weights, strict=True)))
+    return mean
+
+
+def try_means(
     args: argparse.Namespace, trainer: RecipeTrainer, best: SentenceTransformer
 ) -> SentenceTransformer:
-    """Returns the mean of the last checkpoints' weights where dev prefers it to the best model.
+    """Returns what dev likes best: the best checkpoint or a mean of weights that was asked for.
 
-    After "Averaging Weights Leads to Wider Optima and Better Generalization",
-    https://arxiv.org/abs/1803.05407. The steps and the dev scores of the mean stay in
-    trainer.average.
+    Last checkpoints: "Averaging Weights Leads to Wider Optima and Better Generalization",
+    https://arxiv.org/abs/1803.05407. With the start: "Robust fine-tuning of zero-shot models",
+    https://arxiv.org/abs/2109.01903. The dev scores of all go to trainer.tried.
     """
-    folders = checkpoints(Path(trainer.args.output_dir))[-args.average_checkpoints :]
-    models = [load_encoder(str(folder), args.max_seq_length) for folder in folders]
-    with torch.no_grad():
-        for weights in zip(*(model.parameters() for model in models), strict=True):
-            weights[0].copy_(torch.stack(weights).mean(0))
-    scores = trainer.evaluator(models[0], steps=trainer.state.global_step)
-    trainer.average = {"steps": [_step(folder) for folder in folders], **scores}
-    print(
-        f"mean of the checkpoints {', '.join(map(str, trainer.average['steps']))}: "
-        f"{trainer.points.dev}: Spearman x100: {spearman_line(scores)}",
-        file=sys.stderr,
-    )
-    is_better = scores["cosine_spearman"] > trainer.state.best_metric
-    return models[0] if is_better else best
+    candidates = {f"step {trainer.state.best_global_step}": best}
+    if (last := args.average_checkpoints) > 1:
+        folders = checkpoints(Path(trainer.args.output_dir))[-last:]
+        models = [load_encoder(str(folder), args.max_seq_length) for folder in folders]
+        name = f"mean of steps {', '.join(str(_step(folder)) for folder in folders)}"
+        candidates[name] = mean_weights(models, [1 / len(models)] * len(models))
+    if share := args.start_weight:
+        start = load_encoder(args.model_name_or_path, args.max_seq_length)
+        for name, model in list(candidates.items()):
+            mixed = mean_weights([model, start], [1 - share, share])
+            candidates[f"{name}, {share:g} of the start"] = mixed
+    for name, model in candidates.items():
+        scores = trainer.evaluator(model, steps=trainer.state.global_step)
+        trainer.tried[name] = scores
+        print(f"{name}: {trainer.points.dev}: {spearman_line(scores)}", file=sys.stderr)
+    # Of equals the first, which is the best checkpoint.
+    trainer.chosen = max(candidates, key=lambda name: trainer.tried[name]["cosine_spearman"])
+    return candidates[trainer.chosen]
 
 
 def finish_run(
@@ -868,16 +892,13 @@ def finish_run(
         "before_training": dict(dev_scores).get(0),
         "evaluations": [{"step": step, **values} for step, values in dev_scores if step],
         "best_step": best_step,
-        "average": trainer.average,
-        "dev": dict(dev_scores)[best_step],
+        "tried": trainer.tried,
+        "chosen": trainer.chosen or f"step {best_step}",
+        "dev": trainer.tried.get(trainer.chosen, dict(dev_scores)[best_step]),
     }
-    chosen = f"step {best_step}"
-    if trainer.average and trainer.average["cosine_spearman"] > trainer.state.best_metric:
-        scores["dev"] = {key: v for key, v in trainer.average.items() if key != "steps"}
-        chosen = f"mean of steps {', '.join(map(str, trainer.average['steps']))}"
     if scores["before_training"]:
         print(f"sts-dev.tsv before training:  {spearman_line(scores['before_training'])}")
-    print(f"sts-dev.tsv, best ({chosen}): {spearman_line(scores['dev'])}")
+    print(f"sts-dev.tsv, best ({scores['chosen']}): {spearman_line(scores['dev'])}")
     if test is not None:
         test_scores = KorSTSEvaluator(test, args.matryoshka_dims)(best)
         scores |= {"test_file": "sts-test.tsv", "test_pairs": len(test), "test": test_scores}

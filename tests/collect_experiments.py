@@ -22,8 +22,8 @@ KorSTS cosine Spearman x100. Dev is the score that the weights were chosen by, t
 a run was made with `--no_test`. CPU seconds are those of training alone: evaluations and start-up
 are left out. `python tests/collect_experiments.py RUN_FOLDER ...` adds rows and writes this file.
 
-| Date | Commit | Run | Command | Seed | Steps | CPU s | Dev before | Dev | Test |
-|---|---|---|---|---:|---:|---:|---:|---:|---:|
+| Date | Commit | Run | Command | Seed | Steps | CPU s | Dev by evaluation | Chosen | Dev | Test |
+|---|---|---|---|---:|---:|---:|---|---|---:|---:|
 """
 
 
@@ -58,6 +58,7 @@ def read_run(folder: Path) -> dict:
     return row | {
         "before_training": (scores.get("before_training") or {}).get("cosine_spearman"),
         "evaluations": {e["step"]: e["cosine_spearman"] for e in scores.get("evaluations", [])},
+        "chosen": scores.get("chosen"),
         "dev": scores.get("dev", {}).get("cosine_spearman"),
         "test": scores.get("test"),
     }
@@ -75,7 +76,8 @@ def table_row(row: dict) -> str:
         str(row["seed"]),
         number(row["steps"], 0, 1),
         number(row["training_cpu_seconds"], 0, 1) if row["finished"] else "not finished",
-        number(row["before_training"]),
+        " ".join(map(number, [row["before_training"], *row["evaluations"].values()])),
+        row["chosen"] or "",
         number(row["dev"]),
         number((row["test"] or {}).get("cosine_spearman")),
     ]

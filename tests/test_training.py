@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -452,8 +451,7 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
         "training_sts.py",
         encoder,
         *options,
-        "--attention_dropout",
-        0,
+        *("--start_weight", 0.25, "--attention_dropout", 0),
         "--run_dir",
         tmp_path / "run",
     )
@@ -461,43 +459,52 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["dev"]["cosine_spearman"] > scores["before_training"]["cosine_spearman"]
     # Of each epoch's end (every three steps), each second step and the last step.
-    assert scores["average"]["steps"] == [8, 9, 10]
-    best = max(entry["cosine_spearman"] for entry in scores["evaluations"])
-    assert scores["dev"]["cosine_spearman"] == max(best, scores["average"]["cosine_spearman"])
-    folders = [tmp_path / f"run/checkpoints/checkpoint-{step}" for step in (8, 9, 10)]
-    mean = scores["average"]["cosine_spearman"] > best
-    if not mean:
-        folders = [tmp_path / f"run/checkpoints/checkpoint-{scores['best_step']}"]
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
-    for name, value in load_file(tmp_path / "run/model.safetensors").items():
-        expected = torch.stack([one[name] for one in weights]).mean(0)
-        assert torch.allclose(value, expected, atol=1e-7), name
-    assert ("mean of steps 8, 9, 10" in done.stdout) == mean
+    means = ["mean of steps 8, 9, 10", "mean of steps 8, 9, 10, 0.25 of the start"]
+    best = f"step {scores['best_step']}"
+    assert list(scores["tried"]) == [best, means[0], f"{best}, 0.25 of the start", means[1]]
+    values = {name: found["cosine_spearman"] for name, found in scores["tried"].items()}
+    assert values[scores["chosen"]] == max(values.values()) == scores["dev"]["cosine_spearman"]
+    assert f"best ({scores['chosen']}): " in done.stdout
+    model = load_encoder(str(tmp_path / "run"))
+    dev = training_util.KorSTSEvaluator(read_korsts(SAMPLES / "KorSTS/sts-dev.tsv"), None)
+    assert dev(model)["cosine_spearman"] == pytest.approx(max(values.values()), abs=1e-6)
 
 
-def test_the_mean_of_checkpoints_is_taken_where_dev_prefers_it(
-    monkeypatch: pytest.MonkeyPatch, encoder: Path, tmp_path: Path
-) -> None:
-    models = {}
-    for step, value in ((2, 1.0), (4, 2.0), (6, 6.0)):
-        models[step] = load_encoder(str(encoder))
+def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Path) -> None:
+    def constant(value: float) -> SentenceTransformer:
+        model = load_encoder(str(encoder))
         with torch.no_grad():
-            for weight in models[step].parameters():
+            for weight in model.parameters():
                 weight.fill_(value)
-        models[step].save(str(tmp_path / f"checkpoint-{step}"))
-    args = argparse.Namespace(average_checkpoints=2, max_seq_length=None)
+        return model
 
-    def trainer(mean_score: float) -> Any:
-        return SimpleNamespace(
+    for step, value in ((2, 9.0), (4, 2.0), (6, 6.0)):
+        constant(value).save(str(tmp_path / f"checkpoint-{step}"))
+    constant(-4.0).save(str(tmp_path / "start"))
+    args = argparse.Namespace(
+        average_checkpoints=2,
+        start_weight=0.25,
+        max_seq_length=None,
+        model_name_or_path=str(tmp_path / "start"),
+    )
+    seen = []
+
+    def evaluate(model: SentenceTransformer, steps: int, wanted: float) -> dict[str, float]:
+        (value,) = {weight.flatten()[0].item() for weight in model.parameters()}
+        seen.append(value)
+        return dict.fromkeys(SCORE_KEYS, -abs(value - wanted))
+
+    for wanted, expected in ((6.0, 6.0), (4.2, 4.0), (3.4, 3.5), (0.0, 2.0)):
+        trainer = SimpleNamespace(
             args=SimpleNamespace(output_dir=tmp_path),
-            evaluator=lambda model, steps: dict.fromkeys(SCORE_KEYS, mean_score),
-            state=SimpleNamespace(global_step=6, best_metric=0.5),
+            evaluator=functools.partial(evaluate, wanted=wanted),
+            state=SimpleNamespace(global_step=6, best_global_step=6),
             points=SimpleNamespace(dev="dev"),
+            tried={},
         )
-
-    better = training_util.try_average(args, trainer(0.6), models[6])
-    assert all((weight == 4.0).all() for weight in better.parameters())
-    assert training_util.try_average(args, trainer(0.4), models[6]) is models[6]
+        best = training_util.try_means(args, trainer, constant(6.0))
+        assert all((weight == expected).all() for weight in best.parameters())
+    assert seen[:4] == [6.0, 4.0, 3.5, 2.0]
 
 
 # --- Options ---------------------------------------------------------------------------------
@@ -516,6 +523,7 @@ def test_the_mean_of_checkpoints_is_taken_where_dev_prefers_it(
         (["--max_steps", "-1"], "--max_steps -1: must be above 0"),
         (["--seed", "-1"], "--seed -1"),
         (["--average_checkpoints", "0"], "--average_checkpoints 0: must be above 0"),
+        (["--start_weight", "1"], "--start_weight 1.0: must be from 0 to below 1"),
         (["--attention_dropout", "1"], "--attention_dropout 1.0: must be from 0 to below 1"),
         (["--resume"], "give the folder"),
         (["--resume", "--run_dir", "nowhere"], "no run to go on with"),
