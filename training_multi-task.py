@@ -75,7 +75,7 @@ def main() -> None:
         model,
         train_data={"nli": triplets, "sts": tables["train"]},
         losses={
-            name: training_util.with_matryoshka(model, loss, args) for name, loss in losses.items()
+            name: training_util.recipe_loss(model, loss, args) for name, loss in losses.items()
         },
         batches=batches,
         steps=steps,

@@ -83,7 +83,7 @@ def main() -> None:
         args,
         model,
         train_data={"nli": triplets},
-        losses={"nli": training_util.with_matryoshka(model, loss, args)},
+        losses={"nli": training_util.recipe_loss(model, loss, args)},
         batches=batches,
         steps=steps,
         evaluate_at={*range(1000, steps, 1000), *epoch_ends},

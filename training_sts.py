@@ -80,7 +80,7 @@ def main() -> None:
 
     # 4. Model and loss
     model = training_util.load_model(args)
-    loss = training_util.with_matryoshka(model, LOSSES[args.loss](model), args, gather=True)
+    loss = training_util.recipe_loss(model, LOSSES[args.loss](model), args, gather=True)
 
     # 5. Training: the dev score decides which checkpoint is kept
     training_util.open_run_folder(args, records)

@@ -627,7 +627,7 @@ class OneForward(torch.nn.Module):
         return self.loss.compute_loss_from_embeddings(embeddings, labels)
 
 
-def with_matryoshka(
+def recipe_loss(
     model: SentenceTransformer,
     loss: torch.nn.Module,
     args: argparse.Namespace,

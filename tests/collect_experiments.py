@@ -15,15 +15,23 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from data_util import UserError, command_line  # noqa: E402
+from training_util import write_json  # noqa: E402
+
 LEFT_OUT = ("--run_dir", "--output_dir", "--data_dir", "--save_steps", "--resume")
-HEAD = """# Experiments
+COLUMNS = ("Date", "Commit", "Run", "Command", "Seed", "Threads", "Steps", "CPU s")
+COLUMNS += ("Dev by evaluation", "Chosen", "Dev", "Test")
+HEAD = f"""# Experiments
 
 KorSTS cosine Spearman x100. Dev is the score that the weights were chosen by, test is empty where
-a run was made with `--no_test`. CPU seconds are those of training alone: evaluations and start-up
-are left out. `python tests/collect_experiments.py RUN_FOLDER ...` adds rows and writes this file.
+a run was made with `--no_test`. CPU seconds are those of training alone, evaluations and start-up
+left out, on a machine that may have had other work; one thread needs fewer of them than two.
+`python tests/collect_experiments.py RUN_FOLDER ...` adds rows and writes this file.
 
-| Date | Commit | Run | Command | Seed | Steps | CPU s | Dev by evaluation | Chosen | Dev | Test |
-|---|---|---|---|---:|---:|---:|---|---|---:|---:|
+| {" | ".join(COLUMNS)} |
+|---|---|---|---|---:|---:|---:|---:|---|---|---:|---:|
 """
 
 
@@ -52,7 +60,8 @@ def read_run(folder: Path) -> dict:
         "data": run["data"],
         "versions": run["versions"],
     }
-    row |= {key: run.get(key) for key in ("steps", "training_cpu_seconds", "peak_memory_mb")}
+    figures = ("threads", "steps", "training_cpu_seconds", "peak_memory_mb")
+    row |= {key: run.get(key) for key in figures}
     path = folder / "scores.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return row | {
@@ -74,6 +83,7 @@ def table_row(row: dict) -> str:
         row["run"],
         f"`{row['command']}`",
         str(row["seed"]),
+        str(row["threads"]),
         number(row["steps"], 0, 1),
         number(row["training_cpu_seconds"], 0, 1) if row["finished"] else "not finished",
         " ".join(map(number, [row["before_training"], *row["evaluations"].values()])),
@@ -92,12 +102,11 @@ def main() -> None:
     folder = args.results_dir / "experiments"
     for run in args.runs:
         if not (run / "run.json").is_file():
-            sys.exit(f"error: {run}: no run.json: not a run folder")
+            raise UserError(f"{run}: no run.json: not a run folder")
     folder.mkdir(parents=True, exist_ok=True)
     for run in args.runs:
         row = read_run(run)
-        text = json.dumps(row, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"{row['run']}.json").write_text(text, encoding="utf-8")
+        write_json(folder / f"{row['run']}.json", row)
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     rows.sort(key=lambda row: (row["started"], row["run"]))
     text = HEAD + "".join(map(table_row, rows))
@@ -105,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()
