@@ -112,6 +112,12 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         default=1,
         help="batches an optimizer step; in-batch negatives stay those of one batch",
     )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="put before every sentence, in training and afterwards (the model declares it): what "
+        "the encoder was trained with, as 'query: ' for E5",
+    )
     add("--early_stopping", type=int, metavar="N", help="stop after N evaluations without a best")
     add(
         "--attention_dropout",
@@ -138,7 +144,8 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         "--precision",
         choices=("fp32", "bf16", "fp16", "auto"),
         default="fp32",
-        help="fp32 as the original; auto takes bf16 where the GPU has it (CPUs are slower with it)",
+        help="fp32 as the original; auto takes bf16 where the GPU has it; bf16 on a CPU is faster "
+        "only where it has instructions for it (avx512_bf16, amx_bf16)",
     )
     add = parser.add_argument_group("Matryoshka (https://arxiv.org/abs/2205.13147)").add_argument
     add(
@@ -193,8 +200,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--matryoshka_dims: must be strictly decreasing and at least 1")
     if args.resume and args.run_dir is None:
         raise UserError("--resume: give the folder to go on in as --run_dir")
-    if args.precision in ("bf16", "fp16") and not torch.cuda.is_available():
-        raise UserError(f"--precision {args.precision}: needs a GPU; fp32 or auto work here")
+    if args.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--precision fp16: needs a GPU; fp32, bf16 or auto work here")
     if args.push_to_hub and get_token() is None:
         raise UserError("--push_to_hub: no token: set HF_TOKEN (or log in with `hf auth login`)")
     # torchrun without a GPU trains on CPUs (gloo): accelerate wants to be told.
@@ -301,7 +308,13 @@ class KorSTSEvaluator(BaseEvaluator):
         wall, cpu = time.perf_counter(), time.process_time()
         pairs = self.pairs
         codes, sentences = pd.factorize(pd.concat([pairs["sentence1"], pairs["sentence2"]]))
-        embeddings = model.encode(list(sentences), batch_size=32, show_progress_bar=False)
+        mixed_precision_forward = model.__dict__.pop("forward", None)  # accelerate's, see below
+        try:
+            embeddings = model.encode(list(sentences), batch_size=32, show_progress_bar=False)
+        finally:
+            # While training with bf16 or fp16. Scores are those of the saved weights, in fp32.
+            if mixed_precision_forward:
+                model.forward = mixed_precision_forward
         first, second = embeddings[codes[: len(pairs)]], embeddings[codes[len(pairs) :]]
         scores = {}
         try:
@@ -592,6 +605,8 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
     """Seeds torch and loads the encoder; raises `UserError` for dims above its width."""
     set_seed(args.seed)
     model = load_encoder(args.model_name_or_path, args.max_seq_length)
+    if args.prompt:
+        model.prompts, model.default_prompt_name = {"default": args.prompt}, "default"
     width = model.get_embedding_dimension()
     if args.matryoshka_dims and args.matryoshka_dims[0] > width:
         raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
@@ -754,6 +769,7 @@ def recipe_trainer(
         bf16=args.precision == "bf16" or (args.precision == "auto" and has_bf16),
         fp16=args.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
+        prompts=args.prompt,
         seed=args.seed,
         eval_strategy="no",  # EvaluationPoints decides when
         eval_on_start=not args.resume,

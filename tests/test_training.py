@@ -455,6 +455,52 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
     assert dev(model)["cosine_spearman"] == pytest.approx(max(values.values()), abs=1e-6)
 
 
+def test_bf16_trains_and_is_scored_in_fp32(encoder: Path, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        done = run("training_sts.py", encoder, "--max_steps", 12, "--precision", precision,
+                   "--run_dir", folder, "--no_test")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        state = json.loads(
+            training_util.last_checkpoint(folder / "checkpoints")
+            .joinpath("trainer_state.json")
+            .read_text()
+        )
+        losses += [[log["loss"] for log in state["log_history"] if "loss" in log]]
+        scores = json.loads((folder / "scores.json").read_text())
+        dev = training_util.KorSTSEvaluator(read_korsts(SAMPLES / "KorSTS/sts-dev.tsv"), None)
+        # Also of the very weights that the run started with.
+        assert dev(load_encoder(str(encoder), 48)) == pytest.approx(scores["before_training"])
+        assert dev(load_encoder(str(folder))) == pytest.approx(scores["dev"], abs=1e-6)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_prompt_is_trained_with_and_declared(encoder: Path, tmp_path: Path) -> None:
+    """A run with --prompt is the run on sentences that begin with it."""
+    prompt = "문장: "
+    data = tmp_path / "data/KorSTS"
+    data.mkdir(parents=True)
+    for name in ("train", "dev"):
+        table = pd.read_csv(SAMPLES / f"KorSTS/sts-{name}.tsv", sep="\t", quoting=3, dtype=str)
+        table[["sentence1", "sentence2"]] = prompt + table[["sentence1", "sentence2"]]
+        table.to_csv(data / f"sts-{name}.tsv", sep="\t", quoting=3, index=False)
+    options = ["--max_steps", 6, "--no_test", "--run_dir"]
+    written = run("training_sts.py", encoder, "--data_dir", data.parent, *options, tmp_path / "a")
+    assert written.returncode == 0, written.stderr
+    declared = run("training_sts.py", encoder, "--prompt", prompt, *options, tmp_path / "b")
+    assert declared.returncode == 0, declared.stderr
+    expected, actual = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    scores = [json.loads((tmp_path / run / "scores.json").read_text()) for run in ("a", "b")]
+    assert scores[0] == scores[1]
+    model = SentenceTransformer(str(tmp_path / "b"))
+    assert np.array_equal(
+        model.encode(["비가 온다"]), model.encode([f"{prompt}비가 온다"], prompt="")
+    )
+
+
 def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Path) -> None:
     def constant(value: float) -> SentenceTransformer:
         model = load_encoder(str(encoder))
@@ -514,7 +560,7 @@ def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Pat
         (["--resume", "--run_dir", "nowhere"], "no run to go on with"),
         (["--run_dir", "."], "not empty"),
         pytest.param(
-            ["--precision", "bf16"],
+            ["--precision", "fp16"],
             "needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
