@@ -54,12 +54,14 @@ from sentence_transformers.sentence_transformer.training_args import (
 )
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from transformers import (
+    AttentionInterface,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     set_seed,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from data_util import DATA_DIR, UserError
 from evaluation_util import SCORE_KEYS, SIMILARITIES, correlations
@@ -337,6 +339,16 @@ def spearman_line(scores: dict[str, float]) -> str:
 # --- Padding ---------------------------------------------------------------------------------
 
 
+def _attention_in_fp32(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of --precision bf16: on CPUs, torch's own in bf16 is several times slower."""
+    with torch.autocast("cpu", enabled=False):
+        columns = (query.float(), key.float(), value.float())
+        return sdpa_attention_forward(module, *columns, attention_mask, **options)
+
+
 def pack_sentences(model: SentenceTransformer, row_length: int = 48) -> None:
     """Makes training forwards on a CPU skip padding: sentences share rows, each seeing only itself.
 
@@ -351,6 +363,7 @@ def pack_sentences(model: SentenceTransformer, row_length: int = 48) -> None:
     offset = {"bert": 0, "roberta": encoder.config.pad_token_id + 1}.get(encoder.config.model_type)
     if offset is None or encoder.device.type != "cpu":
         return
+    AttentionInterface.register("sdpa", _attention_in_fp32)
     padded_forward = encoder.forward
 
     @functools.wraps(padded_forward)
