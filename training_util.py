@@ -855,13 +855,15 @@ def train(args: argparse.Namespace, trainer: RecipeTrainer) -> SentenceTransform
     best_step, expected = trainer.state.best_global_step, trainer.state.best_metric
     best = load_encoder(str(folder / f"checkpoint-{best_step}"), args.max_seq_length)
     if trainer.is_world_process_zero():
-        actual = trainer.evaluator(best, steps=best_step)["cosine_spearman"]
+        scores = trainer.evaluator(best, steps=best_step)
+        actual = scores["cosine_spearman"]
         if abs(actual - expected) > 1e-6:
             sys.exit(
                 f"error: the best checkpoint (step {best_step}) gives dev cosine Spearman {actual} "
                 f"when read back, and gave {expected} while training"
             )
         if args.average_checkpoints > 1 or args.start_weight:
+            trainer.tried[f"step {best_step}"] = scores
             best = try_means(args, trainer, best)
     return best
 
@@ -896,9 +898,10 @@ def try_means(
             mixed = mean_weights([model, start], [1 - share, share])
             candidates[f"{name}, {share:g} of the start"] = mixed
     for name, model in candidates.items():
-        scores = trainer.evaluator(model, steps=trainer.state.global_step)
-        trainer.tried[name] = scores
-        print(f"{name}: {trainer.points.dev}: {spearman_line(scores)}", file=sys.stderr)
+        if name not in trainer.tried:
+            trainer.tried[name] = trainer.evaluator(model, steps=trainer.state.global_step)
+        line = spearman_line(trainer.tried[name])
+        print(f"{name}: {trainer.points.dev}: {line}", file=sys.stderr)
     # Of equals the first, which is the best checkpoint.
     trainer.chosen = max(candidates, key=lambda name: trainer.tried[name]["cosine_spearman"])
     return candidates[trainer.chosen]
