@@ -127,6 +127,7 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         metavar="P",
         help="instead of the model's own; 0 makes attention much faster on a CPU",
     )
+    add("--hidden_dropout", type=float, metavar="P", help="the same of all other layers")
     add(
         "--average_checkpoints",
         type=int,
@@ -185,8 +186,10 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be above 0")
-    if args.attention_dropout is not None and not 0 <= args.attention_dropout < 1:
-        raise UserError(f"--attention_dropout {args.attention_dropout}: must be from 0 to below 1")
+    for option in ("attention_dropout", "hidden_dropout"):
+        share = getattr(args, option)
+        if share is not None and not 0 <= share < 1:
+            raise UserError(f"--{option} {share}: must be from 0 to below 1")
     if not 0 <= args.start_weight < 1:
         raise UserError(f"--start_weight {args.start_weight}: must be from 0 to below 1")
     if not 0 <= args.seed < 2**32:
@@ -623,13 +626,20 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
     width = model.get_embedding_dimension()
     if args.matryoshka_dims and args.matryoshka_dims[0] > width:
         raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
-    if args.attention_dropout is not None:
-        layers = [m for name, m in model.named_modules() if name.endswith("attention.self.dropout")]
+    for option in ("attention_dropout", "hidden_dropout"):
+        if (share := getattr(args, option)) is None:
+            continue
+        layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+            and name.endswith("attention.self.dropout") == (option == "attention_dropout")
+        ]
         if not layers:
             kind = model[0].model.config.model_type
-            raise UserError(f"--attention_dropout: for BERT and RoBERTa, not for {kind}")
+            raise UserError(f"--{option}: for BERT and RoBERTa, not for {kind}")
         for layer in layers:
-            layer.p = args.attention_dropout
+            layer.p = share
     pack_sentences(model)
     return model
 

@@ -455,6 +455,21 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
     assert dev(model)["cosine_spearman"] == pytest.approx(max(values.values()), abs=1e-6)
 
 
+@pytest.mark.parametrize("option", ["attention_dropout", "hidden_dropout"])
+def test_a_dropout_option_reaches_its_layers_alone(option: str, encoder: Path) -> None:
+    args = argparse.Namespace(
+        seed=777, model_name_or_path=str(encoder), max_seq_length=48, matryoshka_dims=None,
+        prompt=None, attention_dropout=None, hidden_dropout=None,
+    )  # fmt: skip
+    before = training_util.load_model(args)
+    vars(args)[option] = 0.25
+    after = training_util.load_model(args)
+    for (name, old), (_, new) in zip(before.named_modules(), after.named_modules(), strict=True):
+        if isinstance(old, torch.nn.Dropout):
+            asked = name.endswith("attention.self.dropout") == (option == "attention_dropout")
+            assert new.p == (0.25 if asked else old.p)
+
+
 def test_bf16_trains_and_is_scored_in_fp32(encoder: Path, tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
@@ -556,6 +571,7 @@ def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Pat
         (["--average_checkpoints", "0"], "--average_checkpoints 0: must be above 0"),
         (["--start_weight", "1"], "--start_weight 1.0: must be from 0 to below 1"),
         (["--attention_dropout", "1"], "--attention_dropout 1.0: must be from 0 to below 1"),
+        (["--hidden_dropout", "-0.1"], "--hidden_dropout -0.1: must be from 0 to below 1"),
         (["--resume"], "give the folder"),
         (["--resume", "--run_dir", "nowhere"], "no run to go on with"),
         (["--run_dir", "."], "not empty"),
