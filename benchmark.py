@@ -123,6 +123,11 @@ def parse_arguments() -> argparse.Namespace:
         "stands for the mean of the scores of several models, such as the seeds of one recipe"
     )
     add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
+    leave_out_help = (
+        "with --compare: leave out the pairs that occur in KorSTS's train or dev file in either "
+        "order, or all pairs with one of their sentences"
+    )
+    add("--leave_out", choices=("pairs", "sentences"), help=leave_out_help)
     add("--trust_remote_code", action="store_true", help="run Python code that a model carries")
     readme_help = "write the tables between the markers of README.md, and the plots to results_dir"
     readme = REPOSITORY / "README.md"
@@ -133,6 +138,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--matryoshka_dims goes with --matryoshka_model")
     if args.compare and (args.models or args.matryoshka_model or args.name):
         raise UserError("--compare takes its two models and no others, and no --name")
+    if args.leave_out and not (args.compare and args.dataset == "korsts"):
+        raise UserError("--leave_out goes with --compare, on KorSTS")
     args.dims = MATRYOSHKA_DIMS
     if args.matryoshka_dims:
         is_list = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.matryoshka_dims)
@@ -202,6 +209,20 @@ def read_data(dataset: str, data_dir: Path) -> tuple[pd.DataFrame, dict]:
     record["distinct_sentences"] = len(set(table["sentence1"]) | set(table["sentence2"]))
     del record["rows_left_out"]
     return table, record
+
+
+def leave_out_seen(table: pd.DataFrame, data_dir: Path, what: str) -> pd.DataFrame:
+    """Returns the test pairs that are not in the train and dev files: as pairs, or by sentence."""
+    columns = ["sentence1", "sentence2"]
+    files = [data_dir / "KorSTS" / f"sts-{name}.tsv" for name in ("train", "dev")]
+    seen = pd.concat([read_korsts(file) for file in files])[columns]
+    if what == "sentences":
+        is_seen = table[columns].isin(pd.unique(seen.to_numpy().ravel())).any(axis=1)
+    else:
+        known = set(map(frozenset, seen.to_numpy()))
+        is_seen = pd.Series([frozenset(pair) in known for pair in table[columns].to_numpy()])
+    print(f"left out, in sts-train.tsv or sts-dev.tsv: {is_seen.sum():,} pairs")
+    return table[~is_seen.to_numpy()].reset_index(drop=True)
 
 
 # --- 3. Models -------------------------------------------------------------------------------
@@ -646,6 +667,8 @@ def main() -> None:
     if args.models or args.compare:
         table, data = read_data(args.dataset, args.data_dir)
         print(f"{data['file']}: {len(table):,} pairs, {data['distinct_sentences']:,} sentences")
+    if args.leave_out:
+        table = leave_out_seen(table, args.data_dir, args.leave_out)
     if args.compare:
         compare(args, table)
     for model in args.models:

@@ -287,6 +287,7 @@ def test_a_damaged_onnx_file(run, tmp_path):
         (["--matryoshka_model", "m/m", "--matryoshka_dims", "8,0"], "not like 768,256,64"),
         (["--matryoshka_model", "m/m", "--matryoshka_dims", "a"], "not like 768,256,64"),
         (["a/a", "--compare", "b/b", "c/c"], "--compare takes its two models and no others"),
+        (["a/a", "--leave_out", "pairs"], "--leave_out goes with --compare"),
         (["a/a", "b/b", "--name", "x"], "--name names the row of one MODEL"),
         (["a/a", "--name", "../x"], "../x: no such folder, and no name for a row"),
         (["no/such/folder"], "no/such/folder: no such folder"),
@@ -433,6 +434,26 @@ def test_compare_takes_the_mean_of_several_models(run, plain, trained):
     assert [a, b] == pytest.approx([(one + other) / 2, other], abs=0.02)
     whole = first_row(trained, plain)[2:]
     assert [difference, low, high] == pytest.approx([v / 2 for v in whole], abs=0.02)
+
+
+def test_compare_leaves_out_what_training_saw(run, plain, trained, tmp_path):
+    """Two dev pairs are put among the test pairs, one of them turned round; a third pair has a
+    train sentence."""
+    folder = tmp_path / "data/KorSTS"
+    shutil.copytree(SAMPLES / "KorSTS", folder)
+    lines = {name: (folder / f"sts-{name}.tsv").read_text().splitlines() for name in
+             ("train", "dev", "test")}  # fmt: skip
+    *first, one, other = lines["dev"][1].split("\t")
+    lines["test"] += [lines["dev"][2], "\t".join([*first, other, one])]
+    lines["test"] += ["\t".join([*first, lines["train"][1].split("\t")[-1], "처음 보는 문장"])]
+    (folder / "sts-test.tsv").write_text("\n".join(lines["test"]) + "\n")
+    whole = run("--compare", trained, plain)[1].splitlines()
+    for what, count in (("pairs", 2), ("sentences", 3)):
+        options = ("--compare", trained, plain, "--leave_out", what)
+        status, out, err = run(*options, data_dir=folder.parent)
+        assert status == 0, err
+        assert f"left out, in sts-train.tsv or sts-dev.tsv: {count} pairs" in out
+        assert what == "pairs" or out.splitlines()[2:] == whole[1:]
 
 
 def test_compare_says_who_is_better_only_where_the_interval_leaves_out_0(
