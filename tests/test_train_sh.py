@@ -1,0 +1,72 @@
+"""train.sh: its recipes are those of the README, and the staged ones run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from encoders import write_plain_encoder
+
+SAMPLES = REPOSITORY / "tests/samples"
+
+
+def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Path:
+    """A folder with train.sh and what it runs, and this interpreter instead of an own one."""
+    folder = tmp_path / "repository"
+    (folder / "tests").mkdir(parents=True)
+    for script in REPOSITORY.glob("*.py"):
+        shutil.copy(script, folder)
+    text = (REPOSITORY / "train.sh").read_text(encoding="utf-8")
+    if roberta_base:
+        text = text.replace("klue/roberta-base", roberta_base)
+    (folder / "train.sh").write_text(text, encoding="utf-8")
+    setup = f"setup_python() {{ PYTHON={python!r}; export PYTHON; }}\n"
+    (folder / "tests/setup.sh").write_text(setup)
+    return folder
+
+
+def train_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(folder / "train.sh"), *arguments], capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "DATA_DIR": str(SAMPLES), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_the_recipes_are_those_of_the_readme(tmp_path: Path) -> None:
+    done = train_sh(copy_of_train_sh(tmp_path, "/bin/true"), "all")
+    assert done.returncode == 0, done.stderr
+    data = f" --data_dir {SAMPLES}"
+    ran = {line[2:].removesuffix(data) for line in done.stderr.splitlines()}
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(ko-[a-z0-9-]+)`.*\| `(python training_[^`]+)` \|", readme, re.M)
+    assert len(rows) == 9
+    assert {command for _, command in rows} <= ran
+
+
+@pytest.mark.parametrize("name", ["ko-sroberta", "demo2", "ko-sroberta-v2 x"])
+def test_a_wrong_name_stops_before_anything_runs(tmp_path: Path, name: str) -> None:
+    done = train_sh(copy_of_train_sh(tmp_path, "/bin/false"), *name.split())
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no recipe ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_v2_trains_nli_first_and_sts_from_it(tmp_path: Path) -> None:
+    options = f"{write_plain_encoder(tmp_path / 'encoder')} --max_seq_length 48"
+    folder = copy_of_train_sh(tmp_path, sys.executable, roberta_base=options)
+    done = train_sh(folder, "ko-sroberta-v2")
+    assert done.returncode == 0, done.stderr
+    (run_folder,) = (folder / "output").iterdir()
+    assert run_folder.name.startswith("ko-sroberta-v2-")
+    nli, sts = (json.loads((run_folder / n / "run.json").read_text()) for n in ("nli", "sts"))
+    assert nli["finished"] and sts["finished"]
+    assert sts["options"]["model_name_or_path"] == str(Path("output") / run_folder.name / "nli")
+    assert sts["options"]["loss"] == "pearson"
+    assert "test" not in json.loads((run_folder / "nli/scores.json").read_text())
+    assert "test" in json.loads((run_folder / "sts/scores.json").read_text())
