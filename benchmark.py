@@ -465,6 +465,11 @@ def compare(args: argparse.Namespace, table: pd.DataFrame) -> None:
             f"{key:20}{100 * a:8.2f}{100 * scores_b[key]:8.2f}{100 * (a - scores_b[key]):+8.2f}"
             f"   {100 * low:+.2f} to {100 * high:+.2f}"
         )
+    for side, (point, samples) in zip("AB", results, strict=True):
+        low, high = (100 * end for end in interval(samples["cosine_spearman"]))
+        print(
+            f"{side}: cosine Spearman {100 * point['cosine_spearman']:.2f} [{low:.2f}, {high:.2f}]"
+        )
     low, high = interval(samples_a["cosine_spearman"] - samples_b["cosine_spearman"])
     a, b = (",".join(map(row_name, side.split(","))) for side in args.compare)
     verdict = f"{a} is better than {b}" if low > 0 else f"{b} is better than {a}"

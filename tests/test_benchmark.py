@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -472,9 +473,11 @@ def test_compare_says_who_is_better_only_where_the_interval_leaves_out_0(
         return (good if encoder[0].model.name_or_path == str(trained) else noise), pairs
 
     monkeypatch.setattr(benchmark, "encode_pairs", encode)
-    assert run("--compare", trained, plain)[1].splitlines()[-1] == (
-        "cosine Spearman: run is better than tiny"
-    )
+    *_, side_a, side_b, last = run("--compare", trained, plain)[1].splitlines()
+    assert last == "cosine Spearman: run is better than tiny"
+    assert side_a == "A: cosine Spearman 100.00 [100.00, 100.00]"
+    score, low, high = map(float, re.findall(r"-?\d+\.\d+", side_b.split("Spearman")[1]))
+    assert low < score < high < 100
     assert run("--compare", plain, trained)[1].splitlines()[-1] == (
         "cosine Spearman: run is better than tiny"
     )
