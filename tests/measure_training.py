@@ -7,8 +7,9 @@ OLD is an environment with sentence-transformers 2.7 and transformers 4. Both si
 KorSTS-train in batches of 8 and of 32, in turn, each in a process of its own. CPU seconds and wall
 time are those of training alone (ours also writes its checkpoint), memory is the process's
 peak (ours also scores KorSTS-dev twice). Before that both take the same 20 batches without dropout:
-the losses must agree. Medians go to results/measurements/training.json. Give it a machine with
-nothing else to do.
+the losses must agree. Beside them, what bounds a step: ours without dropout, and its matrix
+products alone, forward and backward, in float32. Medians go to results/measurements/training.json.
+Give it a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = {8: 90, 32: 24}  # as many sentences' work a lap, about
+NO_DROPOUT = ("--attention_dropout", "0", "--hidden_dropout", "0")
 FIGURES = ("cpu_seconds_per_step", "wall_seconds_per_step", "peak_memory_mb")
 
 
@@ -109,11 +111,11 @@ def train_command(
     return [str(REPOSITORY / "training_sts.py"), *pairs, "--no_test"]
 
 
-def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict:
+def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int, *options: str) -> dict:
     """The command as a user gives it."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = train_command(model_name, train_file, batch_size, steps, run_dir)
+        command = [*train_command(model_name, train_file, batch_size, steps, run_dir), *options]
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     return {
@@ -121,6 +123,39 @@ def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> d
         "wall_seconds_per_step": run["training_wall_seconds"] / steps,
         "peak_memory_mb": run["peak_memory_mb"],
         "startup_seconds": run["startup_seconds"],
+    }
+
+
+def matrix_products(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict:
+    """The matrix products of the steps' tokens and nothing else: no padding, no rows of sentences.
+
+    Each product of the forward has two of the same size in the backward.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    pairs = read_pairs(train_file)[: steps * batch_size]
+    texts = [text for pair in pairs for text in pair[:2]]
+    tokens = sum(map(len, tokenizer(texts)["input_ids"])) // steps
+    config = AutoConfig.from_pretrained(model_name)
+    width, inner = config.hidden_size, config.intermediate_size
+    length = tokens // (2 * batch_size)  # of a sentence, for attention
+    heads = 2 * batch_size * config.num_attention_heads
+    operands = [(torch.randn(tokens, width), torch.randn(width, width))] * 4
+    operands += [(torch.randn(tokens, width), torch.randn(width, inner))]
+    operands += [(torch.randn(tokens, inner), torch.randn(inner, width))]
+    query = torch.randn(heads, length, width // config.num_attention_heads)
+    operands += [(query, query.mT), (torch.randn(heads, length, length), query)]
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps * config.num_hidden_layers):
+        for x, weight in operands:
+            gradient = x @ weight
+            gradient @ weight.mT
+            x.mT @ gradient
+    return {
+        "cpu_seconds_per_step": (time.process_time() - cpu) / steps,
+        "wall_seconds_per_step": (time.perf_counter() - wall) / steps,
     }
 
 
@@ -143,7 +178,12 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         way, model, train_file, batch_size, steps = sys.argv[2:]
         work = (model, Path(train_file), int(batch_size), int(steps))
-        result = losses_new(*work) if way == "losses" else fit_old(*work, way == "old_ordered")
+        if way == "losses":
+            result = {"losses": losses_new(*work)}
+        elif way == "products":
+            result = matrix_products(*work)
+        else:
+            result = fit_old(*work, ordered=way == "old_ordered")
         print(json.dumps(result))
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -158,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steady = without_dropout(args.model, folder)
         old = child(args.old_python, "old_ordered", steady, train_file, 8, 20)["losses"]
-        new = child(sys.executable, "losses", steady, train_file, 8, 20)
+        new = child(sys.executable, "losses", steady, train_file, 8, 20)["losses"]
     difference = max(abs(a - b) for a, b in zip(old, new, strict=True))
     print(f"20 losses without dropout differ by at most {difference:.1e}", file=sys.stderr)
     rounds: dict[str, list[dict]] = {}
@@ -171,6 +211,12 @@ def main() -> None:
             lap = fit_new(args.model, train_file, batch_size, steps)
             rounds.setdefault(f"new, batch {batch_size}", []).append(lap)
             print("new", batch_size, lap, file=sys.stderr)
+            lap = fit_new(args.model, train_file, batch_size, steps, *NO_DROPOUT)
+            rounds.setdefault(f"new without dropout, batch {batch_size}", []).append(lap)
+            work = (args.model, train_file, batch_size, steps)
+            lap = child(sys.executable, "products", *work)
+            rounds.setdefault(f"matrix products, batch {batch_size}", []).append(lap)
+            print("products", batch_size, lap, file=sys.stderr)
     medians = {
         name: {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
         for name, laps in rounds.items()
