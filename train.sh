@@ -19,12 +19,13 @@ run() { # prints the command, then runs it
 }
 MRL="--matryoshka_dims 768,512,256,128,64,32"
 # KorSTS by correlation, in batches of 32; dev decides whether means of weights are better.
-V2="--loss pearson --batch_size 32 --learning_rate 5e-5 --attention_dropout 0 --hidden_dropout 0"
+V2="--loss pearson --batch_size 32 --learning_rate 5e-5 --attention_dropout 0"
 MEANS="--num_epochs 3 --save_steps 30 --average_checkpoints 9 --start_weight 0.25"
 
 staged() { # NLI, then KorSTS from its best checkpoint: staged RECIPE MODEL OPTIONS...
     local folder=output/$1-$(date +%Y-%m-%d_%H-%M-%S)
-    run python training_nli.py --model_name_or_path "$2" --run_dir "$folder/nli" --no_test "${@:3}"
+    run python training_nli.py --model_name_or_path "$2" --run_dir "$folder/nli" \
+        --attention_dropout 0 --no_test "${@:3}"
     run python training_sts.py --model_name_or_path "$folder/nli" --run_dir "$folder/sts" \
         $V2 $MEANS "${@:3}"
 }
@@ -73,7 +74,8 @@ demo() {
     runs=output/demo-$(date +%Y-%m-%d_%H-%M-%S)
     local options=(--model_name_or_path "$model" --data_dir "$data")
     echo "== STS (v2), 20 steps"
-    run python training_sts.py "${options[@]}" $V2 --max_steps 20 --prompt "query: " --run_dir "$runs/sts"
+    run python training_sts.py "${options[@]}" $V2 --hidden_dropout 0 --max_steps 20 \
+        --prompt "query: " --run_dir "$runs/sts"
     echo "== NLI, 20 steps"
     run python training_nli.py "${options[@]}" --max_steps 20 "${nli[@]}" --run_dir "$runs/nli"
     echo "== multi-task, 40 steps"
