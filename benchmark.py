@@ -658,8 +658,10 @@ def draw_plots(results: list[dict], results_dir: Path) -> None:
             speed, megabytes = row["sentences_per_second"], row["model"]["size_bytes"] / 1e6
             for panel, x in zip(panels, (speed, megabytes), strict=True):
                 panel.errorbar(x, spearman, error[:, None], fmt=marker, capsize=3, label=name)
-        panels[0].set(xlabel="sentences a second", ylabel=y_label, xlim=(0, None))
-        panels[1].set(xlabel="size of the weights (MB)", xlim=(0, None))
+        panels[0].set(xlabel="sentences a second", ylabel=y_label)
+        panels[1].set(xlabel="size of the weights (MB)")
+        for panel in panels:  # from 0, and whole markers at the other end
+            panel.set_xlim(0, 1.05 * panel.dataLim.xmax)
         where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.92)}
         figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, fontsize=9, **where)
         save(figure, "speed_and_size.png")
