@@ -30,7 +30,6 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = {8: 90, 32: 24}  # as many sentences' work a lap, about
-NO_DROPOUT = ("--attention_dropout", "0", "--hidden_dropout", "0")
 FIGURES = ("cpu_seconds_per_step", "wall_seconds_per_step", "peak_memory_mb")
 
 
@@ -111,11 +110,11 @@ def train_command(
     return [str(REPOSITORY / "training_sts.py"), *pairs, "--no_test"]
 
 
-def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int, *options: str) -> dict:
+def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict:
     """The command as a user gives it."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [*train_command(model_name, train_file, batch_size, steps, run_dir), *options]
+        command = train_command(model_name, train_file, batch_size, steps, run_dir)
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
         run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     return {
@@ -199,24 +198,23 @@ def main() -> None:
         steady = without_dropout(args.model, folder)
         old = child(args.old_python, "old_ordered", steady, train_file, 8, 20)["losses"]
         new = child(sys.executable, "losses", steady, train_file, 8, 20)["losses"]
-    difference = max(abs(a - b) for a, b in zip(old, new, strict=True))
-    print(f"20 losses without dropout differ by at most {difference:.1e}", file=sys.stderr)
-    rounds: dict[str, list[dict]] = {}
-    for _ in range(args.repeats):
-        for batch_size, steps in STEPS.items():
-            lap = child(args.old_python, "old", args.model, train_file, batch_size, steps)
-            del lap["losses"]
-            rounds.setdefault(f"old, batch {batch_size}", []).append(lap)
-            print("old", batch_size, lap, file=sys.stderr)
-            lap = fit_new(args.model, train_file, batch_size, steps)
-            rounds.setdefault(f"new, batch {batch_size}", []).append(lap)
-            print("new", batch_size, lap, file=sys.stderr)
-            lap = fit_new(args.model, train_file, batch_size, steps, *NO_DROPOUT)
-            rounds.setdefault(f"new without dropout, batch {batch_size}", []).append(lap)
-            work = (args.model, train_file, batch_size, steps)
-            lap = child(sys.executable, "products", *work)
-            rounds.setdefault(f"matrix products, batch {batch_size}", []).append(lap)
-            print("products", batch_size, lap, file=sys.stderr)
+        difference = max(abs(a - b) for a, b in zip(old, new, strict=True))
+        print(f"20 losses without dropout differ by at most {difference:.1e}", file=sys.stderr)
+        rounds: dict[str, list[dict]] = {}
+        for _ in range(args.repeats):
+            for batch_size, steps in STEPS.items():
+                lap = child(args.old_python, "old", args.model, train_file, batch_size, steps)
+                del lap["losses"]
+                rounds.setdefault(f"old, batch {batch_size}", []).append(lap)
+                print("old", batch_size, lap, file=sys.stderr)
+                lap = fit_new(args.model, train_file, batch_size, steps)
+                rounds.setdefault(f"new, batch {batch_size}", []).append(lap)
+                print("new", batch_size, lap, file=sys.stderr)
+                lap = fit_new(steady, train_file, batch_size, steps)
+                rounds.setdefault(f"new without dropout, batch {batch_size}", []).append(lap)
+                lap = child(sys.executable, "products", args.model, train_file, batch_size, steps)
+                rounds.setdefault(f"matrix products, batch {batch_size}", []).append(lap)
+                print("products", batch_size, lap, file=sys.stderr)
     medians = {
         name: {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
         for name, laps in rounds.items()

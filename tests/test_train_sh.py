@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from encoders import write_plain_encoder
-
-SAMPLES = REPOSITORY / "tests/samples"
+from encoders import SAMPLES, write_plain_encoder
 
 
 def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Path:
