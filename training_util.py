@@ -258,7 +258,7 @@ def no_duplicates_batches(
         batch_size=batch_size,
         drop_last=True,
         precompute_hashes=True,
-        precompute_num_proc=1,
+        precompute_num_proc=0,  # in this process: a worker outlives a run that is killed
         generator=torch.Generator(),
         seed=seed,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -201,7 +200,6 @@ def check_kills(
             command(script, model, *options, "--run_dir", folder, *resume),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            start_new_session=True,
         )  # fmt: skip
         if killed < kills:
             if killed % 2:
@@ -213,9 +211,7 @@ def check_kills(
                 time.sleep(generator.uniform(0, 0.5))
             else:
                 time.sleep(generator.uniform(0, start))
-            # With its worker (datasets hashes triplets in one), which would keep stderr open.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         _, stderr = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), stderr
         killed += process.returncode == -signal.SIGKILL
