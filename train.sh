@@ -85,7 +85,7 @@ demo() {
 for name in "$@"; do # a wrong name stops before anything is installed
     [[ " $(recipes) all demo " == *" $name "* ]] || recipe "$name"
 done
-source tests/setup.sh
+source common/setup.sh
 setup_python requirements.txt
 if [ ! -d "$DATA_DIR" ]; then
     echo "cloning $KORNLU_URL into $DATA_DIR (CC BY-SA 4.0)" >&2

@@ -22,20 +22,24 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-import training_util
-from data_util import NLI_TRAIN_FILES, command_line, file_record, read_korsts, read_nli_triplets
+from common.batches import no_duplicates_batches, share, shuffled_batches
+from common.command_line import command_line
+from common.data import NLI_TRAIN_FILES, file_record, read_korsts, read_nli_triplets
+from common.options import check_options, recipe_parser, start_processes
+from common.run_folder import finish_run, open_run
+from common.scoring import PairsEvaluator
+from common.training import AdamWPerTask, TakeTurns, load_model, recipe_loss, recipe_trainer, train
 
 
 def main() -> None:
     # 1. Options
-    parser = training_util.recipe_parser(
-        __doc__.splitlines()[0], output_prefix="kor_multi_", num_epochs=5
-    )
+    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_multi_", num_epochs=5)
     parser.add_argument("--nli_batch_size", type=int, default=64, help="triplets an NLI step")
     parser.add_argument("--sts_batch_size", type=int, default=8, help="pairs an STS step")
     parser.add_argument("--train_files", type=Path, nargs="+", help="KorNLI files instead of both")
     args = parser.parse_args()
-    training_util.check_options(args)
+    processes = start_processes()
+    check_options(args, processes)
 
     # 2. Data
     train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
@@ -45,49 +49,54 @@ def main() -> None:
         del files["test"]
     tables = {name: read_korsts(path) for name, path in files.items()}
     records += [file_record(files[name], len(table)) for name, table in tables.items()]
+    evaluators = {
+        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
+        for name, table in tables.items()
+    }
 
-    # 3. Batches: NLI and STS in turn, an epoch as long as the shorter
+    # 3. Batches and schedule: NLI and STS in turn, an epoch as long as the shorter
     rows, accumulation = len(tables["train"]), args.gradient_accumulation_steps
-    sts_batches = math.ceil((rows - rows % args.world_size) / args.sts_batch_size)
+    sts_batches = math.ceil((rows - rows % processes) / args.sts_batch_size)
     nli_batches = max(1, len(triplets) // args.nli_batch_size)
     steps_per_epoch = 2 * math.ceil(min(sts_batches, nli_batches) / accumulation)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    nli = training_util.no_duplicates_batches(triplets, args.nli_batch_size, args.seed)
-    sts = training_util.shuffled_batches(rows, args.sts_batch_size, args.seed, args.world_size)
+    schedule = {
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": math.ceil(0.1 * steps),
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    }
+    nli = no_duplicates_batches(triplets, args.nli_batch_size, args.seed)
+    sts = shuffled_batches(rows, args.sts_batch_size, args.seed, processes)
     batches = []
     for step in range(steps):
         task, offset = (nli, 0) if step % 2 == 0 else (sts, len(triplets))
-        batches += training_util.share(
-            itertools.islice(task, accumulation), offset, args.world_size
-        )
+        batches += share(itertools.islice(task, accumulation), offset, processes)
 
     # 4. Model and losses
-    model = training_util.load_model(args)
-    nli_loss = MultipleNegativesRankingLoss(
-        model, scale=20.0, gather_across_devices=args.world_size > 1
-    )
+    model = load_model(args)
+    nli_loss = MultipleNegativesRankingLoss(model, scale=20.0, gather_across_devices=processes > 1)
     losses = {"nli": nli_loss, "sts": CosineSimilarityLoss(model)}
 
     # 5. Training: the dev score decides which checkpoint is kept
-    training_util.open_run_folder(args, records)
-    trainer = training_util.recipe_trainer(
-        args,
+    run = open_run(args, records)
+    trainer = recipe_trainer(
+        run,
         model,
         train_data={"nli": triplets, "sts": tables["train"]},
-        losses={
-            name: training_util.recipe_loss(model, loss, args) for name, loss in losses.items()
-        },
+        losses={name: recipe_loss(model, loss, args) for name, loss in losses.items()},
         batches=batches,
-        steps=steps,
+        dev=evaluators["dev"],
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
-        dev=tables["dev"],
-        optimizer=(training_util.AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
+        optimizer=(AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
+        callbacks=[TakeTurns()],
+        **schedule,
     )
-    trainer.add_callback(training_util.TakeTurns())
-    best = training_util.train(args, trainer)
+    result = train(run, trainer)
 
     # 6. Test score
-    training_util.finish_run(args, trainer, best, tables.get("test"))
+    finish_run(run, result, evaluators.get("test"))
 
 
 if __name__ == "__main__":

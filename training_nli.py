@@ -13,6 +13,7 @@ Data: KorNLUDatasets, CC BY-SA 4.0. Expected (published): klue/roberta-base 83.8
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 from sentence_transformers.sentence_transformer.losses import (
@@ -20,21 +21,18 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-import training_util
-from data_util import (
-    NLI_TRAIN_FILES,
-    command_line,
-    file_record,
-    read_korsts,
-    read_nli_triplets,
-)
+from common.batches import no_duplicates_batches, share
+from common.command_line import command_line
+from common.data import NLI_TRAIN_FILES, file_record, read_korsts, read_nli_triplets
+from common.options import check_options, recipe_parser, start_processes
+from common.run_folder import finish_run, open_run
+from common.scoring import PairsEvaluator
+from common.training import load_model, recipe_loss, recipe_trainer, train
 
 
 def main() -> None:
     # 1. Options
-    parser = training_util.recipe_parser(
-        __doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1
-    )
+    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1)
     parser.add_argument("--batch_size", type=int, default=64, help="triplets a step")
     parser.add_argument(
         "--mini_batch_size",
@@ -48,7 +46,8 @@ def main() -> None:
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
     args = parser.parse_args()
-    training_util.check_options(args)
+    processes = start_processes()
+    check_options(args, processes)
 
     # 2. Data
     train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
@@ -58,19 +57,31 @@ def main() -> None:
         del files["test"]
     tables = {name: read_korsts(path) for name, path in files.items()}
     records += [file_record(files[name], len(table)) for name, table in tables.items()]
+    evaluators = {
+        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
+        for name, table in tables.items()
+    }
 
-    # 3. Batches: full ones without a text twice
+    # 3. Batches and schedule: full ones without a text twice
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
     steps_per_epoch = max(1, batches_per_epoch // args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    batches = training_util.no_duplicates_batches(triplets, args.batch_size, args.seed)
+    schedule = {
+        "optim": "adamw_torch_fused",
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": math.ceil(0.1 * steps),
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    }
+    batches = no_duplicates_batches(triplets, args.batch_size, args.seed)
     batches = itertools.islice(batches, steps * args.gradient_accumulation_steps)
-    batches = list(training_util.share(batches, 0, args.world_size))
+    batches = list(share(batches, 0, processes))
     epoch_ends = range(steps_per_epoch, steps, steps_per_epoch)
 
     # 4. Model and loss: each process has all processes' texts as negatives
-    model = training_util.load_model(args)
-    options = {"scale": 20.0, "gather_across_devices": args.world_size > 1}
+    model = load_model(args)
+    options = {"scale": 20.0, "gather_across_devices": processes > 1}
     if args.mini_batch_size:
         options["mini_batch_size"] = args.mini_batch_size
         loss = CachedMultipleNegativesRankingLoss(model, **options)
@@ -78,21 +89,21 @@ def main() -> None:
         loss = MultipleNegativesRankingLoss(model, **options)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    training_util.open_run_folder(args, records)
-    trainer = training_util.recipe_trainer(
-        args,
+    run = open_run(args, records)
+    trainer = recipe_trainer(
+        run,
         model,
         train_data={"nli": triplets},
-        losses={"nli": training_util.recipe_loss(model, loss, args)},
+        losses={"nli": recipe_loss(model, loss, args)},
         batches=batches,
-        steps=steps,
+        dev=evaluators["dev"],
         evaluate_at={*range(1000, steps, 1000), *epoch_ends},
-        dev=tables["dev"],
+        **schedule,
     )
-    best = training_util.train(args, trainer)
+    result = train(run, trainer)
 
     # 6. Test score
-    training_util.finish_run(args, trainer, best, tables.get("test"))
+    finish_run(run, result, evaluators.get("test"))
 
 
 if __name__ == "__main__":

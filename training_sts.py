@@ -15,14 +15,15 @@ import itertools
 import math
 
 import torch
-from sentence_transformers.sentence_transformer.losses import (
-    AnglELoss,
-    CoSENTLoss,
-    CosineSimilarityLoss,
-)
+from sentence_transformers.sentence_transformer import losses
 
-import training_util
-from data_util import command_line, file_record, read_korsts
+from common.batches import share, shuffled_batches
+from common.command_line import command_line
+from common.data import file_record, read_korsts
+from common.options import check_options, recipe_parser, start_processes
+from common.run_folder import finish_run, open_run
+from common.scoring import PairsEvaluator
+from common.training import load_model, recipe_loss, recipe_trainer, train
 
 
 class PearsonLoss(torch.nn.Module):
@@ -39,18 +40,16 @@ class PearsonLoss(torch.nn.Module):
 
 
 LOSSES = {
-    "cosine": CosineSimilarityLoss,
-    "cosent": CoSENTLoss,
-    "angle": AnglELoss,
+    "cosine": losses.CosineSimilarityLoss,
+    "cosent": losses.CoSENTLoss,
+    "angle": losses.AnglELoss,
     "pearson": PearsonLoss,
 }
 
 
 def main() -> None:
     # 1. Options
-    parser = training_util.recipe_parser(
-        __doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5
-    )
+    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5)
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step")
     parser.add_argument(
         "--loss",
@@ -60,7 +59,8 @@ def main() -> None:
         "batch's pairs; pearson: 1 - their correlation. The last three want 32 pairs or more",
     )
     args = parser.parse_args()
-    training_util.check_options(args)
+    processes = start_processes()
+    check_options(args, processes)
 
     # 2. Data
     files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")}
@@ -68,36 +68,48 @@ def main() -> None:
         del files["test"]
     tables = {name: read_korsts(path) for name, path in files.items()}
     records = [file_record(files[name], len(table)) for name, table in tables.items()]
+    evaluators = {
+        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
+        for name, table in tables.items()
+    }
 
-    # 3. Batches: every pair once an epoch, in a new order
+    # 3. Batches and schedule: every pair once an epoch, in a new order
     rows = len(tables["train"])
-    batches_per_epoch = math.ceil((rows - rows % args.world_size) / args.batch_size)
+    batches_per_epoch = math.ceil((rows - rows % processes) / args.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
-    batches = training_util.shuffled_batches(rows, args.batch_size, args.seed, args.world_size)
+    schedule = {
+        "optim": "adamw_torch_fused",
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": math.ceil(0.1 * steps),
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    }
+    batches = shuffled_batches(rows, args.batch_size, args.seed, processes)
     batches = itertools.islice(batches, steps * args.gradient_accumulation_steps)
-    batches = list(training_util.share(batches, 0, args.world_size))
+    batches = list(share(batches, 0, processes))
 
     # 4. Model and loss
-    model = training_util.load_model(args)
-    loss = training_util.recipe_loss(model, LOSSES[args.loss](model), args, gather=True)
+    model = load_model(args)
+    loss = LOSSES[args.loss](model)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    training_util.open_run_folder(args, records)
-    trainer = training_util.recipe_trainer(
-        args,
+    run = open_run(args, records)
+    trainer = recipe_trainer(
+        run,
         model,
         train_data={"sts": tables["train"]},
-        losses={"sts": loss},
+        losses={"sts": recipe_loss(model, loss, args, gather=processes > 1)},
         batches=batches,
-        steps=steps,
+        dev=evaluators["dev"],
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
-        dev=tables["dev"],
+        **schedule,
     )
-    best = training_util.train(args, trainer)
+    result = train(run, trainer)
 
     # 6. Test score
-    training_util.finish_run(args, trainer, best, tables.get("test"))
+    finish_run(run, result, evaluators.get("test"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     cd onnx && python export_onnx.py                     # jhgan/ko-sroberta-multitask
     python onnx/export_onnx.py --model RUN --quantize int8 --data_dir KorNLUDatasets
-    python onnx/export_onnx.py --update_readme           # the table of onnx/README.md
 
 The graph is the whole encoder: input_ids and attention_mask (and token_type_ids where the model
 has several types), int64 [batch, length], to sentence_embedding, float32 [batch, dimension], by
@@ -39,11 +38,14 @@ from tokenizers import Tokenizer
 HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
 
-from measure_onnx import embed, measure, table, update_readme, write_results  # noqa: E402
+from measure_onnx import measure, write_results  # noqa: E402
 from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
 
-from data_util import DATA_DIR, UserError, command_line, read_korsts  # noqa: E402
-from model_util import load_encoder  # noqa: E402
+from common.command_line import UserError, command_line  # noqa: E402
+from common.data import DATA_DIR, read_korsts  # noqa: E402
+from common.encoders import default_prompt, load_encoder, weight_files  # noqa: E402
+from common.exported import embed  # noqa: E402
+from common.results import onnx_table  # noqa: E402
 
 OPSET = 17
 POOLINGS = ("mean", "cls", "max")
@@ -228,7 +230,7 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         revision = folder.name
     else:
         name, digest = folder.resolve().name, hashlib.sha256()
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        for path in weight_files(folder):
             digest.update(path.read_bytes())
         revision = f"sha256:{digest.hexdigest()}"
     card = folder / "README.md"
@@ -241,7 +243,7 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         "pooling": model[1].pooling_mode,
         "normalized": dim == model.get_embedding_dimension() and isinstance(model[-1], Normalize),
         "dimension": dim,
-        "prompt": model.prompts.get(model.default_prompt_name) or "",
+        "prompt": default_prompt(model),
     }
 
 
@@ -294,7 +296,7 @@ def check_file(
     if [(item.domain, item.version) for item in proto.opset_import] != [("", OPSET)]:
         raise CheckFailed(f"{path.name}: not standard operators of opset {OPSET} alone")
     session = onnxruntime.InferenceSession(path)
-    prompt = model.prompts.get(model.default_prompt_name) or ""
+    prompt = default_prompt(model)
     sentences = [*CHECK_SENTENCES, *CHECK_SENTENCES[:-1] * 8]
     expected = model.encode(sentences, truncate_dim=dim, show_progress_bar=False)
     for batch_size in (1, 2, 3, 64):
@@ -345,8 +347,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true", help="keep an int8 file that loses more")
     results = "measurements go to onnx/NAME.json in it"
     add("--results_dir", type=Path, default=HERE.parent / "results", help=results)
-    readme = {"nargs": "?", "type": Path, "const": HERE / "README.md", "metavar": "FILE"}
-    add("--update_readme", **readme, help="only write the measured tables into onnx/README.md")
     code = "run Python code that the model carries: it can do anything on this machine"
     add("--trust_remote_code", action="store_true", help=code)
     args = parser.parse_args()
@@ -405,7 +405,7 @@ def export(args: argparse.Namespace) -> None:
             onnx.checker.check_model(int8, full_check=True)
             print("measuring on KorSTS-test", file=sys.stderr)
             rows = measure(model, tokenizer, {"ONNX fp32": target, "ONNX int8": int8}, test)
-            print("\n".join(table(rows)))
+            print("\n".join(onnx_table(rows)))
             lost = 100 * rows[-1]["lost"]
             if not lost <= args.max_loss and not args.force:
                 raise CheckFailed(
@@ -420,9 +420,6 @@ def export(args: argparse.Namespace) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # staged files go, as with Ctrl-C
     args = parse_arguments()
-    if args.update_readme:
-        update_readme(args.update_readme, args.results_dir)
-        return
     try:
         export(args)
     except CheckFailed as error:

@@ -1,6 +1,7 @@
-"""Runs exported files with onnxruntime, and measures them beside sentence-transformers.
+"""Measures exported files beside sentence-transformers: size, speed, score.
 
-What is measured becomes results/onnx/NAME.json, and from all of these the table of README.md.
+What is measured becomes results/onnx/NAME.json, and from all of these the table of README.md
+(`python benchmark.py --update_readme`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,11 @@ import collections
 import contextlib
 import datetime
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,12 @@ import onnxruntime
 import pandas as pd
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from data_util import UserError
-from evaluation_util import bootstrap, correlations, interval
+from common.command_line import stored_command, write_json
+from common.encoders import default_prompt, weight_files
+from common.evaluation import bootstrap, correlations, interval
+from common.exported import embed
 
 ROUNDS = 3
 SENTENCES = {32: 1024, 1: 128}  # timed in a round, by batch size
@@ -48,39 +49,6 @@ feeds = {"input_ids": tokens.ids, "attention_mask": tokens.attention_mask,
 session.run(None, {item.name: numpy.array([feeds[item.name]]) for item in session.get_inputs()})
 print(time.time())""",
 }
-MARKERS = "<!-- results:onnx -->", "<!-- /results:onnx -->"
-HEADER = "| 파일 | MB | 문장/초, 배치 32 | 배치 1 | 첫 임베딩(초) | KorSTS-test | 손실 [95%] |"
-
-
-def feed(
-    session: onnxruntime.InferenceSession, encodings: Sequence[Encoding]
-) -> dict[str, np.ndarray]:
-    """Returns the inputs that the session asks for, int64 (batch, length)."""
-    features = {
-        "input_ids": [item.ids for item in encodings],
-        "attention_mask": [item.attention_mask for item in encodings],
-        "token_type_ids": [item.type_ids for item in encodings],
-    }
-    return {item.name: np.array(features[item.name]) for item in session.get_inputs()}
-
-
-def embed(
-    session: onnxruntime.InferenceSession,
-    tokenizer: Tokenizer,
-    sentences: Sequence[str],
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Returns float32 (sentences, dimension) embeddings; batches hold sentences of like length."""
-    feeds = feed(session, tokenizer.encode_batch(list(sentences)))
-    mask = feeds["attention_mask"]
-    order = np.argsort(-mask.sum(axis=1), kind="stable")
-    parts = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        used = mask[rows].any(axis=0)
-        batch = {name: values[rows][:, used] for name, values in feeds.items()}
-        parts.append(session.run(["sentence_embedding"], batch)[0])
-    return np.concatenate(parts)[np.argsort(order)]
 
 
 def instruction_sets() -> list[str]:
@@ -118,7 +86,7 @@ def measure(
         For each: encoder, size_bytes, first_embedding_seconds, sentences_per_second_32 and _1,
         cosine_spearman and, against the first row, lost and lost_interval (paired bootstrap).
     """
-    prompt = model.prompts.get(model.default_prompt_name) or ""
+    prompt = default_prompt(model)
 
     def encoder(path: Path) -> Callable[[list[str], int], np.ndarray]:
         session = onnxruntime.InferenceSession(path)
@@ -127,11 +95,10 @@ def measure(
         )
 
     folder = Path(model[0].model.name_or_path)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     rows = [
         {
             "encoder": "SentenceTransformer fp32",
-            "size_bytes": sum(path.stat().st_size for path in weights),
+            "size_bytes": sum(path.stat().st_size for path in weight_files(folder)),
             "first_embedding_seconds": first_embedding_seconds("sentence-transformers", folder),
         }
     ]
@@ -178,70 +145,18 @@ def measure(
     return rows
 
 
-def table(rows: Sequence[dict]) -> list[str]:
-    """Formats the rows of `measure` as a Markdown table; scores x100."""
-    lines = [HEADER, "|---|---:|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        speeds = []
-        for key in ("sentences_per_second_32", "sentences_per_second_1"):
-            speeds.append(f"{row[key]:,.0f} ({row[key] / rows[0][key]:.1f}x)")
-        low, high = (100 * end for end in row["lost_interval"])
-        lost = f"{100 * row['lost']:.2f} [{low:.2f}, {high:.2f}]"
-        cells = [
-            row["encoder"],
-            f"{row['size_bytes'] / 1e6:.1f}",
-            *speeds,
-            f"{row['first_embedding_seconds']:.2f}",
-            f"{100 * row['cosine_spearman']:.2f}",
-            "-" if row is rows[0] else lost,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def write_results(path: Path, model: str, revision: str, rows: Sequence[dict]) -> None:
+def write_results(path: Path, model: str, revision: str, rows: list[dict]) -> None:
     """Writes results/onnx/NAME.json, whole or not at all."""
     packages = ("sentence-transformers", "torch", "onnxruntime", "onnx", "tokenizers")
     content = {
         "model": model,
         "revision": revision,
         "date": datetime.date.today().isoformat(),
-        "command": f"python onnx/export_onnx.py --model {model} --quantize int8",
+        "command": stored_command(),
         "machine": platform.machine(),
         "instruction_sets": instruction_sets(),
         "threads": torch.get_num_threads(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
-def update_readme(readme: Path, results_dir: Path) -> None:
-    """Writes the tables of results/onnx/*.json between the README's markers."""
-    start, end = MARKERS
-    text = readme.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise UserError(f"{readme}: needs one {start} and, after it, one {end}")
-    sections = []
-    for path in sorted((results_dir / "onnx").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        machine = ", ".join([result["machine"], *result["instruction_sets"]])
-        versions = result["versions"]
-        sections += [
-            f"`{result['command']}`",
-            f"({machine}, 스레드 {result['threads']}개, {result['date']}, "
-            f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']})",
-            "",
-            *table(result["rows"]),
-            "",
-        ]
-    body = "\n".join(["", *sections]).rstrip("\n")
-    replace_text(readme, f"{text.split(start)[0]}{start}{body}\n{end}{text.split(end)[1]}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file beside its place and then renames it."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    write_json(path, content)

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from measure_onnx import feed
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
+
+from common.exported import feed
 
 SMOOTHING = 0.7  # the share of outliers that goes to the weights; best of 0.3 to 0.9 on KorSTS-dev
 SMALLEST = 1e-5  # channels that calibration sees at rest

@@ -7,8 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from encoders import write_plain_encoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny plain BERT with random weights."""
+    return write_plain_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
 
 
 @pytest.fixture(scope="session")

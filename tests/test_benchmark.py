@@ -24,11 +24,12 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sklearn.metrics import f1_score
 
 import benchmark
-from data_util import command_line, read_korsts
-from evaluation_util import SCORE_KEYS, bootstrap, correlations, interval
-from model_util import load_encoder, save_encoder
+from common import results, scoring
+from common.command_line import REPOSITORY, command_line
+from common.data import read_korsts
+from common.encoders import load_encoder, save_encoder
+from common.evaluation import SCORE_KEYS, bootstrap, correlations, interval
 
-REPOSITORY = Path(benchmark.__file__).parent
 README = """# Title
 <!-- results:all -->
 old
@@ -170,9 +171,9 @@ def test_the_batch_size_changes_nothing_beyond_rounding(plain):
     sentences = table["sentence1"].tolist()
     expected = model.encode(sentences, batch_size=3)
     for batch_tokens in (50, 10_000):
-        vectors = benchmark.encode_distinct(model, sentences, batch_tokens=batch_tokens)
+        vectors = scoring.encode_distinct(model, sentences, batch_tokens=batch_tokens)
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
-        second = benchmark.encode_distinct(model, table["sentence2"].tolist())
+        second = scoring.encode_distinct(model, table["sentence2"].tolist())
         scores = correlations(vectors, second, table["score"])
         assert scores == pytest.approx(correlations(expected, second, table["score"]), abs=1e-6)
 
@@ -524,7 +525,7 @@ def test_klue_sts_has_f1_and_comes_from_the_folder_or_the_hub(run, plain, tmp_pa
         spearmanr(cosine, table["score"])[0], abs=1e-6
     )
     assert "| Model | Cosine Pearson | Cosine Spearman | 95% interval | F1 |" in out
-    assert "Not measured" not in benchmark.tables([result])["klue-sts"]
+    assert results.NOT_MEASURED not in results.tables([result])["klue-sts"]
 
     parquet = tmp_path / "hub/datasets/klue/klue/sts/validation-00000-of-00001.parquet"
     parquet.parent.mkdir(parents=True)
@@ -581,22 +582,22 @@ def test_tables_are_sorted_with_the_best_bold_and_two_decimals(tmp_path):
         result("stand-in", 0.99, data={"file": "sts-test.tsv", "published": False}),
         result("read", 0.9, source="published", published_in="https://example.org/x"),
     )
-    parts = benchmark.tables(benchmark.read_results(tmp_path / "results"))
-    published, measured = parts["all"].split("Measured (a processor, 2 threads)")
+    parts = results.tables(results.read_results(tmp_path / "results"))
+    published, measured = parts["all"].split("여기서 측정한 값 (a processor, 스레드 2개)")
     assert (
-        "Published (https://example.org/x)" in published and "| read | 50.00 | 90.00 |" in published
+        "발표된 값 (https://example.org/x)" in published and "| read | 50.00 | 90.00 |" in published
     )
     assert measured.splitlines()[-2:] == [
         "| [owner/best](https://huggingface.co/owner/best) | **50.00** | **80.00** "
-        "| 78.00 to 82.00 |" + " **50.00** |" * 6 + " 196 | 121 |",
-        "| worse | **50.00** | 70.00 | 68.00 to 72.00 |" + " **50.00** |" * 6 + " 196 | 121 |",
+        "| [78.00, 82.00] |" + " **50.00** |" * 6 + " 196 | 121 |",
+        "| worse | **50.00** | 70.00 | [68.00, 72.00] |" + " **50.00** |" * 6 + " 196 | 121 |",
     ]
     assert "stand-in" not in "".join(parts.values())
     assert parts["matryoshka"].splitlines()[-2:] == [
         "| [owner/best](https://huggingface.co/owner/best) | **70.00** | 60.00 |",
         "| worse | 65.00 |  |",
     ]
-    assert parts["klue-sts"] == "Not measured yet."
+    assert parts["klue-sts"] == "아직 측정하지 않았습니다."
 
 
 def test_update_readme_writes_between_the_markers_and_draws_the_plots(run, tmp_path):
@@ -607,9 +608,11 @@ def test_update_readme_writes_between_the_markers_and_draws_the_plots(run, tmp_p
     status, _, err = run("--update_readme", readme)
     assert status == 0, err
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("# Title\n<!-- results:all -->\nMeasured (a processor, 2 threads)")
+    assert text.startswith(
+        "# Title\n<!-- results:all -->\n여기서 측정한 값 (a processor, 스레드 2개)"
+    )
     assert "old" not in text and text.endswith("<!-- /results:klue-sts -->\nend\n")
-    assert "| two |" in text and "between <!-- results:matryoshka -->\nMeasured" in text
+    assert "| two |" in text and "between <!-- results:matryoshka -->\n여기서 측정한 값" in text
     for name in ("spearman_by_dimension.png", "speed_and_size.png"):
         assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert run("--update_readme", readme)[0] == 0
@@ -630,13 +633,13 @@ def test_a_file_that_is_no_result_is_named(run, tmp_path, content):
 
 
 def test_the_published_results_are_complete_and_marked():
-    results = [
+    published = [
         item
-        for item in benchmark.read_results(REPOSITORY / "results")
+        for item in results.read_results(REPOSITORY / "results")
         if item["source"] == "published"
     ]
-    assert sorted(item["name"] for item in results) == sorted(benchmark.MODELS)
-    for item in results:
+    assert sorted(item["name"] for item in published) == sorted(benchmark.MODELS)
+    for item in published:
         assert item["link"] == f"https://huggingface.co/{item['name']}"
         assert item["published_in"].startswith("https://github.com/jhgan00/")
         assert list(item["scores"]) == list(SCORE_KEYS) and "intervals" not in item
@@ -644,7 +647,7 @@ def test_the_published_results_are_complete_and_marked():
             assert list(map(int, item["dims"])) == benchmark.MATRYOSHKA_DIMS
             whole = item["scores"]["cosine_spearman"]
             assert item["dims"]["768"]["scores"]["cosine_spearman"] == whole
-    assert results[0]["name"] == "jhgan/ko-sroberta-multitask"
+    assert published[0]["name"] == "jhgan/ko-sroberta-multitask"
 
 
 def test_no_stored_result_holds_a_path():
@@ -653,9 +656,15 @@ def test_no_stored_result_holds_a_path():
         assert not any(root in text for root in ("/home/", "/root/", "/tmp/", "/work/", "/Users/"))
 
 
-def test_the_readme_shows_what_is_in_results():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    results = benchmark.read_results(REPOSITORY / "results")
-    for marker, content in benchmark.tables(results).items():
-        expected = f"<!-- results:{marker} -->\n{content}\n<!-- /results:{marker} -->"
-        assert expected in text, f"{marker}: run python benchmark.py --update_readme"
+def test_every_generated_part_shows_what_is_in_the_json_files(tmp_path):
+    parts = benchmark.generated_parts(REPOSITORY / "results")
+    shown = set()
+    for file in results.markdown_files(REPOSITORY):
+        copy = tmp_path / file.name
+        text = file.read_text(encoding="utf-8")
+        copy.write_text(text, encoding="utf-8")
+        results.write_parts(copy, parts)
+        rewritten = copy.read_text(encoding="utf-8")
+        assert rewritten == text, f"{file}: run python benchmark.py --update_readme"
+        shown |= {name for name in parts if f"<!-- results:{name} -->" in text}
+    assert shown == set(parts)

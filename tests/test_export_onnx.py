@@ -37,8 +37,11 @@ import export_onnx  # noqa: E402
 import measure_onnx  # noqa: E402
 import quantize_onnx  # noqa: E402
 
-from data_util import command_line, read_korsts  # noqa: E402
-from model_util import load_encoder, save_encoder  # noqa: E402
+from common.command_line import UserError, command_line  # noqa: E402
+from common.data import read_korsts  # noqa: E402
+from common.encoders import load_encoder, save_encoder  # noqa: E402
+from common.exported import embed  # noqa: E402
+from common.results import onnx_part, write_parts  # noqa: E402
 
 SCRIPT = REPOSITORY / "onnx/export_onnx.py"
 EXAMPLE = REPOSITORY / "examples/semantic_search_onnx.py"
@@ -157,7 +160,7 @@ def test_normalize_and_dim(tmp_path, export):
     path = tmp_path / "out/tiny.onnx"
     session = onnxruntime.InferenceSession(path)
     tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
-    found = measure_onnx.embed(session, tokenizer, SENTENCES)
+    found = embed(session, tokenizer, SENTENCES)
     expected = load_encoder(str(folder), device="cpu").encode(SENTENCES, truncate_dim=8)
     assert found.shape == (4, 8) and session.get_outputs()[0].shape == ["batch", 8]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -194,7 +197,7 @@ def test_standard_operators_and_one_file_that_stands_alone(tmp_path, bert, expor
     assert settings["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
     assert settings["max_seq_length"] == 128
     assert tokenizer == (tmp_path / "out/tiny.tokenizer.json").read_text(encoding="utf-8")
-    found = measure_onnx.embed(
+    found = embed(
         onnxruntime.InferenceSession(alone / "model.onnx"), Tokenizer.from_str(tokenizer), SENTENCES
     )
     expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
@@ -254,7 +257,6 @@ def test_a_tokenizer_without_a_pad_token(tmp_path, export):
         (["--dim", 33], 2, "--dim 33: .* has 32 dimensions"),
         (["--dim", 0], 2, "--dim 0: .* has 32 dimensions"),
         (["--quantize", "int8", "--data_dir", "nowhere"], 2, "sts-test.tsv: no such file"),
-        (["--update_readme", "nowhere.md"], 1, "nowhere.md: No such file"),
     ],
 )
 def test_bad_arguments(tmp_path, bert, export, arguments, status, message):
@@ -332,7 +334,7 @@ def test_above_2_gb_the_weights_lie_beside(tmp_path, bert, export, monkeypatch, 
     assert (tmp_path / "out/tiny.onnx.data").stat().st_size > 10_000
     path = tmp_path / "out/tiny.onnx"
     tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
-    found = measure_onnx.embed(onnxruntime.InferenceSession(path), tokenizer, SENTENCES)
+    found = embed(onnxruntime.InferenceSession(path), tokenizer, SENTENCES)
     expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     monkeypatch.undo()
@@ -391,12 +393,12 @@ def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
     tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
     table = read_korsts(SAMPLES / "KorSTS/sts-test.tsv")
     sentences = [*dict.fromkeys(table["sentence1"])]
-    found = measure_onnx.embed(session, tokenizer, sentences)
+    found = embed(session, tokenizer, sentences)
     expected = load_encoder(str(bert), device="cpu").encode(sentences)
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((found * expected).sum(axis=1) / norms).min() > 0.99
     # Static: the others of a batch do not change an embedding.
-    alone = measure_onnx.embed(session, tokenizer, sentences, batch_size=1)
+    alone = embed(session, tokenizer, sentences, batch_size=1)
     np.testing.assert_allclose(found, alone, rtol=0, atol=0.02)
     assert np.median(np.abs(found - alone)) < 1e-6
 
@@ -464,7 +466,7 @@ def test_fp16(tmp_path, bert, export):
     session = onnxruntime.InferenceSession(path)
     assert session.get_outputs()[0].type == "tensor(float)"
     tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
-    found = measure_onnx.embed(session, tokenizer, SENTENCES)
+    found = embed(session, tokenizer, SENTENCES)
     expected = load_encoder(str(bert), device="cpu").encode(SENTENCES)
     difference = np.abs(found - expected).max()
     assert 1e-6 < difference <= 1e-2  # really half precision
@@ -473,15 +475,7 @@ def test_fp16(tmp_path, bert, export):
 # --- README, example -------------------------------------------------------------------------
 
 
-def test_readme_and_results_agree(tmp_path):
-    readme = tmp_path / "README.md"
-    original = (REPOSITORY / "onnx/README.md").read_text(encoding="utf-8")
-    readme.write_text(original, encoding="utf-8")
-    measure_onnx.update_readme(readme, REPOSITORY / "results")
-    assert readme.read_text(encoding="utf-8") == original, "run export_onnx.py --update_readme"
-
-
-def test_update_readme_writes_what_was_measured(tmp_path, export):
+def test_the_table_shows_what_was_measured(tmp_path):
     row = {"encoder": "SentenceTransformer fp32", "size_bytes": 1e6, "lost": 0.0,
            "first_embedding_seconds": 4.0, "sentences_per_second_32": 100.0,
            "sentences_per_second_1": 50.0, "cosine_spearman": 0.8,
@@ -491,13 +485,14 @@ def test_update_readme_writes_what_was_measured(tmp_path, export):
     measure_onnx.write_results(tmp_path / "onnx/tiny.json", "tiny", "sha256:0", [row, int8])
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- results:onnx -->\nold\n<!-- /results:onnx -->\nb\n", "utf-8")
-    assert export("x", "--update_readme", readme, "--results_dir", tmp_path) == (0, [])
+    write_parts(readme, {"onnx": onnx_part(tmp_path)})
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("a\n<!--") and text.endswith("-->\nb\n") and "old" not in text
     expected = "| ONNX int8 | 1.0 | 450 (4.5x) | 50 (1.0x) | 4.00 | 79.88 | 0.12 [-0.10, 0.30] |"
     assert expected in text
     readme.write_text("no markers", "utf-8")
-    assert export("x", "--update_readme", readme, "--results_dir", tmp_path)[0] == 2
+    with pytest.raises(UserError, match=r"README\.md: no <!-- results:X -->"):
+        write_parts(readme, {"onnx": onnx_part(tmp_path)})
 
 
 def test_the_example_ranks_as_sentence_transformers_does(tmp_path, bert, export):
@@ -554,7 +549,7 @@ def test_the_real_encoder(offline_encoder, real):
     session = onnxruntime.InferenceSession(real)
     tokenizer = Tokenizer.from_file(str(real.with_suffix(".tokenizer.json")))
     sentences = [*export_onnx.CHECK_SENTENCES[:-1], *SENTENCES]
-    found = measure_onnx.embed(session, tokenizer, sentences)
+    found = embed(session, tokenizer, sentences)
     np.testing.assert_allclose(found, model.encode(sentences), rtol=0, atol=1e-5)
     ids = np.random.default_rng(0).integers(4, 20_000, size=(3, 20))
     mask = (np.arange(20) >= np.array([[0], [7], [19]])).astype(np.int64)

@@ -17,7 +17,7 @@ from encoders import SAMPLES, write_plain_encoder
 def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Path:
     """A folder with train.sh and what it runs, and this interpreter instead of an own one."""
     folder = tmp_path / "repository"
-    (folder / "tests").mkdir(parents=True)
+    shutil.copytree(REPOSITORY / "common", folder / "common")
     for script in REPOSITORY.glob("*.py"):
         shutil.copy(script, folder)
     text = (REPOSITORY / "train.sh").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Pat
         text = text.replace("klue/roberta-base", roberta_base)
     (folder / "train.sh").write_text(text, encoding="utf-8")
     setup = f"setup_python() {{ PYTHON={python!r}; export PYTHON; }}\n"
-    (folder / "tests/setup.sh").write_text(setup)
+    (folder / "common/setup.sh").write_text(setup)
     return folder
 
 

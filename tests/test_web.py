@@ -34,8 +34,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WEB = REPOSITORY / "examples/web"
 sys.path += [str(REPOSITORY / "examples"), str(REPOSITORY / "onnx")]
 
-import measure_onnx  # noqa: E402
 from semantic_search import CORPUS, QUERIES  # noqa: E402
+
+from common.exported import embed as embed_sentences  # noqa: E402
 
 DATA = next(
     (path for path in (REPOSITORY / "KorNLUDatasets", REPOSITORY.parent / "shared/KorNLUDatasets")
@@ -215,7 +216,7 @@ def embed(model: Path, sentences: list[str]) -> np.ndarray:
     tokenizer = Tokenizer.from_file(str(model / NAMES[1]))
     prompt = json.loads((model / NAMES[2]).read_text(encoding="utf-8"))["prompt"]
     prompted = [prompt + sentence for sentence in sentences]
-    found = measure_onnx.embed(session, tokenizer, prompted, batch_size=1)
+    found = embed_sentences(session, tokenizer, prompted, batch_size=1)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 

@@ -1,6 +1,6 @@
-"""Times triplets from a file of KorNLI's size: data_util.py against the original's way.
+"""Times triplets from a file of KorNLI's size: common/data.py against the original's way.
 
-    python tests/measure_triplets.py
+    python measurements/measure_triplets.py
 
 Writes 942,854 rows in KorNLI's shape, of generated words as long as XNLI's Korean sentences: for
 each premise an entailment, a neutral and a contradiction. This is not KorNLI. Both ways read it in
@@ -80,8 +80,8 @@ def original_triplets(path: str, seed: int) -> int:
 def measure(way: str, path: str, seed: int) -> dict[str, float]:
     """Runs one way in this process. Memory is the process's peak, in GB of 10**9 bytes."""
     if way == "ours":
-        sys.path.insert(0, str(REPOSITORY))
-        from data_util import read_nli_triplets
+        sys.path.append(str(REPOSITORY))
+        from common.data import read_nli_triplets
 
         def run() -> int:
             return len(read_nli_triplets([path], seed)[0])
@@ -104,6 +104,7 @@ def measure(way: str, path: str, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=KORNLI_ROWS, help="fewer, to try it out")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,14 +1,14 @@
 """Measures the exported files against OpenVINO, one run, in turn.
 
-    python tests/measure_openvino.py --openvino_python OV/bin/python --model RUN \
+    python measurements/measure_openvino.py --openvino_python OV/bin/python --model RUN \
         --onnx onnx/models/RUN.onnx --data_dir KorNLUDatasets
 
 OV is an environment with openvino, nncf, tokenizers and pandas. OpenVINO gets the same fp32 file,
 once as it computes by default (in bfloat16 where the CPU has it), once in float32, and once as its
 static int8 (nncf's defaults, 300 sentences of KorSTS-train). Each lap is a process of its own with
 two threads: 1,024 sentences of KorSTS-test sorted by length in batches of 32, then 200 one by one,
-tokenising included. Medians go to results/measurements/openvino.json. Give it a machine with
-nothing else to do.
+tokenising included. Medians go to openvino.json beside this script. Give it a machine with nothing
+else to do.
 """
 
 from __future__ import annotations
@@ -23,26 +23,36 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from common.command_line import UserError, command_line, write_json  # noqa: E402
+
 THREADS = 2
 
 
 def sentences(path: Path) -> list[str]:
+    """Returns the distinct sentences of a KorSTS file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return list(dict.fromkeys(row[key] for key in ("sentence1", "sentence2") for row in rows))
 
 
-def features(tokenizer: object, texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
+def features(tokenizer: Any, texts: list[str], names: list[str]) -> dict[str, np.ndarray]:
+    """Returns the inputs that a model has, by name."""
     tokens = tokenizer.encode_batch(texts)
     keys = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     return {name: np.array([getattr(item, keys[name]) for item in tokens]) for name in names}
 
 
 def sentence_transformer(model: Path) -> Callable[[list[str]], object]:
+    """Returns what embeds sentences with sentence-transformers."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -52,6 +62,7 @@ def sentence_transformer(model: Path) -> Callable[[list[str]], object]:
 
 
 def onnxruntime_session(path: Path) -> Callable[[list[str]], object]:
+    """Returns what embeds sentences with an exported file, through onnxruntime."""
     import onnxruntime
     from tokenizers import Tokenizer
 
@@ -63,7 +74,10 @@ def onnxruntime_session(path: Path) -> Callable[[list[str]], object]:
     return lambda texts: session.run(None, features(tokenizer, texts, names))
 
 
-def openvino_model(path: Path, tokenizer_file: Path, float32: bool) -> Callable:
+def openvino_model(
+    path: Path, tokenizer_file: Path, float32: bool
+) -> Callable[[list[str]], object]:
+    """Returns what embeds sentences with a file, through OpenVINO."""
     import openvino
     from tokenizers import Tokenizer
 
@@ -77,6 +91,7 @@ def openvino_model(path: Path, tokenizer_file: Path, float32: bool) -> Callable:
 
 
 def quantize(path: Path, tokenizer_file: Path, texts: list[str], output: Path) -> None:
+    """Writes OpenVINO's static int8 of a file, with nncf's defaults."""
     import nncf
     import openvino
     from tokenizers import Tokenizer
@@ -89,7 +104,8 @@ def quantize(path: Path, tokenizer_file: Path, texts: list[str], output: Path) -
     openvino.save_model(nncf.quantize(model, data, model_type=kind, subset_size=300), output, False)
 
 
-def lap(embed: Callable, texts: list[str]) -> dict[str, float]:
+def lap(embed: Callable[[list[str]], object], texts: list[str]) -> dict[str, float]:
+    """Returns sentences a second, in batches of 32 and one by one."""
     texts = sorted(texts[::2][:1024], key=len)
     batches = [texts[start : start + 32] for start in range(0, len(texts), 32)]
     singles = [[text] for text in texts[:: len(texts) // 200][:200]]
@@ -104,6 +120,7 @@ def lap(embed: Callable, texts: list[str]) -> dict[str, float]:
 
 
 def child(args: argparse.Namespace) -> None:
+    """Quantises, or measures one side in this process and prints what it found."""
     side, tokenizer = args.side, args.onnx.with_suffix(".tokenizer.json")
     int8 = args.onnx.with_stem(f"{args.onnx.stem}-int8")
     korsts = args.data_dir / "KorSTS"
@@ -121,6 +138,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--openvino_python", default=sys.executable)
     parser.add_argument("--model", type=Path, required=True)
@@ -129,12 +147,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    output = REPOSITORY / "results" / "measurements" / "openvino.json"
-    parser.add_argument("--output", type=Path, default=output)
+    output = Path(__file__).with_name("openvino.json")
+    parser.add_argument("--output", type=Path, default=output, help="default: beside this script")
     args = parser.parse_args()
     if args.side:
         child(args)
         return
+    for path in (args.model, args.onnx):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    for name in ("sts-train.tsv", "sts-test.tsv"):
+        sentences(args.data_dir / "KorSTS" / name)  # what is missing is said before anything runs
     rounds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
 
@@ -168,9 +191,10 @@ def main() -> None:
         "sentences_per_second": medians,
         "rounds": rounds,
     }
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output, report)
     print(json.dumps(medians, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

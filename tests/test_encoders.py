@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
-from data_util import UserError
-from model_util import load_encoder, save_encoder
+from common.command_line import UserError
+from common.encoders import load_encoder, save_encoder
 
 SENTENCES = ["한 남자가 기타를 친다.", '"따옴표"는 글자다.', "비"]
 
@@ -250,7 +250,7 @@ def test_modules_json_comes_last_so_that_half_a_model_is_none(folder, tmp_path, 
         if target.name == "config.json" and target.parent.name == "saved":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("model_util.os.replace", stop)
+    monkeypatch.setattr("common.encoders.os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         save_encoder(model, tmp_path / "saved")
     assert "model.safetensors" in moved and "modules.json" not in moved

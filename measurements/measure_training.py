@@ -1,6 +1,6 @@
 """Measures a training step of training_sts.py against `fit` of sentence-transformers 2.7.
 
-    python tests/measure_training.py --old_python OLD/bin/python --model models/e5-small-ko \
+    python measurements/measure_training.py --old_python OLD/bin/python --model models/e5-small-ko \
         --data_dir KorNLUDatasets
 
 OLD is an environment with sentence-transformers 2.7 and transformers 4. Both sides train on
@@ -8,8 +8,8 @@ KorSTS-train in batches of 8 and of 32, in turn, each in a process of its own. C
 time are those of training alone (ours also writes its checkpoint), memory is the process's
 peak (ours also scores KorSTS-dev twice). Before that both take the same 20 batches without dropout:
 the losses must agree. Beside them, what bounds a step: ours without dropout, and its matrix
-products alone, forward and backward, in float32. Medians go to results/measurements/training.json.
-Give it a machine with nothing else to do.
+products alone, forward and backward, in float32. Medians go to training.json beside this
+script. Give it a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -27,19 +27,27 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from common.command_line import UserError, command_line, write_json  # noqa: E402
+
 STEPS = {8: 90, 32: 24}  # as many sentences' work a lap, about
 FIGURES = ("cpu_seconds_per_step", "wall_seconds_per_step", "peak_memory_mb")
 
 
 def read_pairs(train_file: Path) -> list[tuple[str, str, float]]:
+    """Returns (sentence1, sentence2, score from 0 to 1) of a KorSTS file."""
     with open(train_file, encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row["sentence1"], row["sentence2"], float(row["score"]) / 5) for row in rows]
 
 
-def fit_old(model_name: str, train_file: Path, batch_size: int, steps: int, ordered: bool) -> dict:
+def fit_old(
+    model_name: str, train_file: Path, batch_size: int, steps: int, ordered: bool
+) -> dict[str, Any]:
     """The original's training_sts.py in short."""
     from sentence_transformers import InputExample, SentenceTransformer, losses
     from torch.utils.data import DataLoader
@@ -69,17 +77,16 @@ def fit_old(model_name: str, train_file: Path, batch_size: int, steps: int, orde
 
 def losses_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> list[float]:
     """The losses of training_sts.py when its batches are those of the file, in order."""
-    sys.path.insert(0, str(REPOSITORY))
     import runpy
 
     from sentence_transformers.sentence_transformer import losses
 
-    import training_util
+    from common import batches
 
     seen = []
     compute = losses.CosineSimilarityLoss.compute_loss_from_embeddings
 
-    def recorded(self, *inputs, **options):
+    def recorded(self: Any, *inputs: Any, **options: Any) -> Any:
         loss = compute(self, *inputs, **options)
         seen.append(loss.item())
         return loss
@@ -89,7 +96,7 @@ def losses_new(model_name: str, train_file: Path, batch_size: int, steps: int) -
             yield list(range(start, start + batch_size))
 
     losses.CosineSimilarityLoss.compute_loss_from_embeddings = recorded
-    training_util.shuffled_batches = in_order
+    batches.shuffled_batches = in_order
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = train_command(model_name, train_file, batch_size, steps, Path(folder) / "run")
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -99,6 +106,7 @@ def losses_new(model_name: str, train_file: Path, batch_size: int, steps: int) -
 def train_command(
     model_name: str, train_file: Path, batch_size: int, steps: int, folder: Path
 ) -> list[str]:
+    """Returns training_sts.py and its options."""
     options = {
         "model_name_or_path": model_name,
         "data_dir": train_file.parent.parent,
@@ -110,7 +118,7 @@ def train_command(
     return [str(REPOSITORY / "training_sts.py"), *pairs, "--no_test"]
 
 
-def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict:
+def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict[str, Any]:
     """The command as a user gives it."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -125,7 +133,9 @@ def fit_new(model_name: str, train_file: Path, batch_size: int, steps: int) -> d
     }
 
 
-def matrix_products(model_name: str, train_file: Path, batch_size: int, steps: int) -> dict:
+def matrix_products(
+    model_name: str, train_file: Path, batch_size: int, steps: int
+) -> dict[str, Any]:
     """The matrix products of the steps' tokens and nothing else: no padding, no rows of sentences.
 
     Each product of the forward has two of the same size in the backward.
@@ -158,7 +168,8 @@ def matrix_products(model_name: str, train_file: Path, batch_size: int, steps: i
     }
 
 
-def child(python: str, way: str, *arguments: object) -> dict:
+def child(python: str, way: str, *arguments: object) -> dict[str, Any]:
+    """Returns what one way found, in a process of its own."""
     command = [python, __file__, "--child", way, *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
@@ -166,6 +177,7 @@ def child(python: str, way: str, *arguments: object) -> dict:
 
 
 def without_dropout(model: str, folder: str) -> str:
+    """Copies an encoder and takes its dropout away; returns the copy's folder."""
     copy = shutil.copytree(model, Path(folder) / "encoder")
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -174,6 +186,7 @@ def without_dropout(model: str, folder: str) -> str:
 
 
 def main() -> None:
+    """Runs what the command line asks for."""
     if sys.argv[1:2] == ["--child"]:
         way, model, train_file, batch_size, steps = sys.argv[2:]
         work = (model, Path(train_file), int(batch_size), int(steps))
@@ -190,17 +203,20 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "KorNLUDatasets")
     parser.add_argument("--repeats", type=int, default=3)
-    output = REPOSITORY / "results" / "measurements" / "training.json"
-    parser.add_argument("--output", type=Path, default=output)
+    output = Path(__file__).with_name("training.json")
+    parser.add_argument("--output", type=Path, default=output, help="default: beside this script")
     args = parser.parse_args()
     train_file = args.data_dir / "KorSTS" / "sts-train.tsv"
+    for path in (train_file, Path(args.model) / "config.json"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
     with tempfile.TemporaryDirectory() as folder:
         steady = without_dropout(args.model, folder)
         old = child(args.old_python, "old_ordered", steady, train_file, 8, 20)["losses"]
         new = child(sys.executable, "losses", steady, train_file, 8, 20)["losses"]
         difference = max(abs(a - b) for a, b in zip(old, new, strict=True))
         print(f"20 losses without dropout differ by at most {difference:.1e}", file=sys.stderr)
-        rounds: dict[str, list[dict]] = {}
+        rounds: dict[str, list[dict[str, Any]]] = {}
         for _ in range(args.repeats):
             for batch_size, steps in STEPS.items():
                 lap = child(args.old_python, "old", args.model, train_file, batch_size, steps)
@@ -235,10 +251,10 @@ def main() -> None:
         "medians": medians,
         "rounds": rounds,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output, report)
     print(json.dumps({key: report[key] for key in ("ratios", "medians")}, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -6,21 +6,9 @@ Everywhere the whole corpus at once, never an average over batches; cosine Spear
 from __future__ import annotations
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
-from sentence_transformers.util import (
-    pairwise_cos_sim,
-    pairwise_dot_score,
-    pairwise_euclidean_sim,
-    pairwise_manhattan_sim,
-)
 
-SIMILARITIES = {
-    "cosine": pairwise_cos_sim,
-    "euclidean": pairwise_euclidean_sim,
-    "manhattan": pairwise_manhattan_sim,
-    "dot": pairwise_dot_score,
-}
+SIMILARITIES = ("cosine", "euclidean", "manhattan", "dot")
 COEFFICIENTS = ("pearson", "spearman")
 SCORE_KEYS = tuple(f"{name}_{kind}" for name in SIMILARITIES for kind in COEFFICIENTS)
 POSITIVE_FROM = 3.0  # of 5: from here on KLUE-STS calls a pair a paraphrase
@@ -42,11 +30,21 @@ def similarities(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray
     Raises:
         ValueError: an embedding is NaN or infinite.
     """
+    # Late: who only formats scores (the tables) need not wait for torch.
+    import torch
+    from sentence_transformers import util
+
+    functions = (
+        util.pairwise_cos_sim,
+        util.pairwise_euclidean_sim,
+        util.pairwise_manhattan_sim,
+        util.pairwise_dot_score,
+    )
     first = torch.from_numpy(np.asarray(embeddings1, dtype=np.float32))
     second = torch.from_numpy(np.asarray(embeddings2, dtype=np.float32))
     if not (first.isfinite().all() and second.isfinite().all()):
         raise ValueError("embeddings hold NaN or infinite values")
-    rows = [similarity(first, second).numpy() for similarity in SIMILARITIES.values()]
+    rows = [function(first, second).numpy() for function in functions]
     return np.stack(rows).astype(np.float64)
 
 
@@ -89,6 +87,11 @@ def correlations(
         for row, name in enumerate(SIMILARITIES)
         for kind, result in (("pearson", pearson), ("spearman", spearman))
     }
+
+
+def spearman_line(scores: dict[str, float]) -> str:
+    """Formats the four Spearman correlations x100, cosine first."""
+    return "  ".join(f"{name} {100 * scores[f'{name}_spearman']:.2f}" for name in SIMILARITIES)
 
 
 def f1(embeddings1: np.ndarray, embeddings2: np.ndarray, labels: np.ndarray) -> float:

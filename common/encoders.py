@@ -6,10 +6,10 @@ damaged, unfinished or no encoder at all gives the same one clear line everywher
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from data_util import UserError
+from common.command_line import UserError, file_sha256, first_line, read_json
+from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
 SAFETENSORS_FILES = ["*.safetensors"]
@@ -84,7 +85,7 @@ def fetch_model(name_or_path: str) -> Path:
             f"{name_or_path}: no such folder, not in the cache, and the Hub cannot be reached"
         ) from None
     except (EntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise UserError(f"{name_or_path}: download failed: {_first_line(error)}") from None
+        raise UserError(f"{name_or_path}: download failed: {first_line(error)}") from None
     _check_hashes(name_or_path, folder)
     return folder
 
@@ -93,23 +94,13 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
     return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=OTHER_RUNTIMES))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _check_hashes(name: str, folder: Path) -> None:
     """Compares each file with the hash its cache entry is named by, and removes a wrong one."""
     for path in sorted(folder.rglob("*")):
         blob = path.resolve()
         if not path.is_file() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             continue
-        if len(blob.name) == 64:
-            with blob.open("rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
-        else:
-            content = blob.read_bytes()
-            header = b"blob %d\0" % len(content)
-            actual = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+        actual = file_sha256(blob) if len(blob.name) == 64 else blob_id(blob)
         if actual != blob.name:
             path.unlink()
             blob.unlink(missing_ok=True)
@@ -125,7 +116,7 @@ def check_finished(folder: Path) -> None:
     if not run_file.is_file():
         return
     try:
-        finished = json.loads(run_file.read_text(encoding="utf-8")).get("finished")
+        finished = read_json(run_file).get("finished")
     except ValueError:
         raise UserError(f"{run_file}: not JSON: the run folder is damaged") from None
     if not finished:
@@ -134,11 +125,9 @@ def check_finished(folder: Path) -> None:
 
 def _check_no_code(name: str, folder: Path) -> None:
     config_file, modules_file = folder / "config.json", folder / "modules.json"
-    carries_code = config_file.is_file() and "auto_map" in json.loads(
-        config_file.read_text(encoding="utf-8")
-    )
+    carries_code = config_file.is_file() and "auto_map" in read_json(config_file)
     if modules_file.is_file():
-        modules = json.loads(modules_file.read_text(encoding="utf-8"))
+        modules = read_json(modules_file)
         carries_code |= any(
             not module["type"].startswith("sentence_transformers.") for module in modules
         )
@@ -198,9 +187,9 @@ def load_encoder(
                 modules=[transformer, pooling], device=device, local_files_only=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name_or_path}: cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{name_or_path}: cannot be loaded: {first_line(error)}") from None
     except SafetensorError as error:
-        raise UserError(f"{name_or_path}: damaged weights: {_first_line(error)}") from None
+        raise UserError(f"{name_or_path}: damaged weights: {first_line(error)}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{name_or_path}: its weights are a pickle that holds more than tensors: refused"
@@ -213,6 +202,29 @@ def load_encoder(
             )
         model.max_seq_length = max_seq_length
     return model
+
+
+def device_name(device: str | torch.device) -> str:
+    """Returns the GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def default_prompt(model: SentenceTransformer) -> str:
+    """Returns what the model puts before every sentence unless told otherwise; "" for nothing."""
+    return model.prompts.get(model.default_prompt_name) or ""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that hold a model folder's weights, sorted: those of all its modules."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    if not files:
+        files = [*folder.glob("pytorch_model*.bin"), *folder.glob("*/pytorch_model*.bin")]
+    return sorted(files)
 
 
 def save_encoder(model: SentenceTransformer, folder: Path) -> None:
@@ -240,13 +252,13 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
     def rewrite(name: str, content: dict | list) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    modules = read_json(folder / "modules.json")
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         module["type"] = OLD_MODULE_TYPES.get(kind, module["type"])
         if kind == "Pooling":
             config_name = f"{module['path']}/config.json"
-            config = json.loads((folder / config_name).read_text(encoding="utf-8"))
+            config = read_json(folder / config_name)
             modes = np.atleast_1d(config["pooling_mode"])
             old = {key: mode in modes for key, mode in OLD_POOLING_KEYS.items()}
             old["include_prompt"] = config.get("include_prompt", True)
@@ -256,7 +268,7 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
         "sentence_bert_config.json",
         {"max_seq_length": model.max_seq_length, "do_lower_case": False},
     )
-    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.get("tokenizer_class") == "TokenizersBackend":
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
         rewrite("tokenizer_config.json", tokenizer_config)

@@ -6,8 +6,8 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sklearn.metrics import f1_score
 
-import evaluation_util
-from evaluation_util import SCORE_KEYS, SIMILARITIES, bootstrap, correlations, f1, interval
+from common import evaluation
+from common.evaluation import SCORE_KEYS, SIMILARITIES, bootstrap, correlations, f1, interval
 
 
 def make_pairs(pairs: int = 200, dimension: int = 24, seed: int = 0):
@@ -76,12 +76,12 @@ def test_constant_embeddings_are_refused_even_where_rounding_blurs_them(noise):
 
 def test_bootstrap_is_scipy_on_each_resample():
     first, second, scores = make_pairs()
-    values = evaluation_util.similarities(first, second)
+    values = evaluation.similarities(first, second)
     values[3] = np.round(values[3])  # ties among similarities too
     generator = np.random.default_rng(1)
     drawn = generator.integers(0, len(scores), size=(30, len(scores)))
     weights = np.stack([np.bincount(row, minlength=len(scores)) for row in drawn])
-    result = evaluation_util._weighted_correlations(values, scores, weights)
+    result = evaluation._weighted_correlations(values, scores, weights)
     for number, row in enumerate(drawn):
         for name, similarity in zip(SIMILARITIES, values, strict=True):
             expected = pearsonr(similarity[row], scores[row])[0]
@@ -93,7 +93,7 @@ def test_bootstrap_is_scipy_on_each_resample():
 def test_resample_ranks_are_average_ranks():
     values = np.array([3.0, 1.0, 1.0, 2.0, 5.0])
     weights = np.array([[1, 1, 1, 1, 1], [2, 0, 3, 0, 0], [0, 2, 1, 1, 1]])
-    ranks = evaluation_util._resample_ranks(values, weights.astype(float))
+    ranks = evaluation._resample_ranks(values, weights.astype(float))
     for row, weight in zip(ranks, weights, strict=True):
         copies = np.repeat(np.arange(5), weight)
         np.testing.assert_allclose(row[copies], rankdata(values[copies]))
@@ -140,7 +140,7 @@ def test_bootstrap_of_f1_is_that_of_scikit_learn():
     labels = (scores >= 0.6).astype(int)
     samples = bootstrap(first, second, scores, labels, resamples=20, seed=2)["f1"]
     drawn = np.random.default_rng(2).integers(0, len(scores), size=(20, len(scores)))
-    called = evaluation_util.similarities(first, second)[0] >= 0.6
+    called = evaluation.similarities(first, second)[0] >= 0.6
     expected = [f1_score(labels[row], called[row]) for row in drawn]
     np.testing.assert_allclose(samples, expected, atol=1e-12)
 
@@ -153,3 +153,9 @@ def test_ten_thousand_resamples_of_as_many_pairs_as_korsts(record_property):
     assert {len(values) for values in samples.values()} == {10_000}
     low, high = interval(samples["cosine_spearman"])
     assert low < correlations(first, second, scores)["cosine_spearman"] < high
+
+
+def test_the_interval_is_of_95_percent_unless_told_otherwise():
+    samples = np.arange(1001.0)
+    assert interval(samples) == [25, 975]
+    assert interval(samples, 0.9) == [50, 950]

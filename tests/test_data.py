@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import data_util
-from data_util import (
+from common.command_line import REPOSITORY as REPO
+from common.command_line import UserError, command_line
+from common.data import (
     NLI_LABELS,
     PUBLISHED_BLOB_IDS,
-    UserError,
     blob_id,
-    command_line,
     file_record,
     nli_triplets,
     read_klue_sts,
@@ -31,7 +30,6 @@ from data_util import (
 # A warning of pandas on odd data would be a defect of the readers.
 pytestmark = pytest.mark.filterwarnings("error")
 
-REPO = Path(data_util.__file__).parent
 SAMPLES = REPO / "tests" / "samples"
 PUBLISHED = REPO.parent / "shared" / "KorNLUDatasets"
 needs_published = pytest.mark.skipif(
@@ -549,8 +547,8 @@ def test_every_candidate_is_drawn_and_the_seed_decides(write):
 
 def test_triplets_do_not_depend_on_the_hash_seed_folder_or_locale(shuffled_nli, tmp_path):
     code = (
-        "import sys, data_util; path, = sys.argv[1:];"
-        "table, _ = data_util.read_nli_triplets([path], 777);"
+        "import sys; from common import data; path, = sys.argv[1:];"
+        "table, _ = data.read_nli_triplets([path], 777);"
         "sys.stdout.buffer.write(table.to_csv(index=False).encode())"
     )
     outputs = []

@@ -1,12 +1,12 @@
 """Times benchmark.py against the evaluator of sentence-transformers 2.7, as the original used it.
 
-    python tests/measure_benchmark.py --old_python OLD/bin/python --model models/e5-small-ko \
-        --data_dir KorNLUDatasets
+    python measurements/measure_benchmark.py --old_python OLD/bin/python \
+        --model models/e5-small-ko --data_dir KorNLUDatasets
 
 OLD is an environment with sentence-transformers 2.7 and transformers 4. Timed are encoding and the
 eight scores, of one model and of six Matryoshka dims; loading, warming up and intervals are left
-out. Old and new take turns; medians go to results/measurements/benchmark.json. Give it a machine
-with nothing else to do.
+out. Old and new take turns; medians go to benchmark.json beside this script. Give it a
+machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from common.command_line import UserError, command_line, write_json  # noqa: E402
+
 TIMED = ("one_model", "six_dims")
 DIMS = (384, 256, 192, 128, 64, 32)
 
 
-def time_old(model_folder: str, data_file: str) -> dict:
+def time_old(model_folder: str, data_file: str) -> dict[str, float]:
     """The original's way: one evaluator for each dimension, each encoding both columns."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
@@ -44,13 +50,12 @@ def time_old(model_folder: str, data_file: str) -> dict:
     return {"one_model": lap(evaluate, [None]), "six_dims": lap(evaluate, DIMS)}
 
 
-def time_new(model_folder: str, data_file: str) -> dict:
+def time_new(model_folder: str, data_file: str) -> dict[str, float]:
     """The way of benchmark.py: distinct sentences once, slices of the same embeddings."""
-    sys.path.insert(0, str(REPOSITORY))
-    from benchmark import encode_distinct, encode_pairs
-    from data_util import read_korsts
-    from evaluation_util import correlations
-    from model_util import load_encoder
+    from common.data import read_korsts
+    from common.encoders import load_encoder
+    from common.evaluation import correlations
+    from common.scoring import encode_distinct, encode_pairs
 
     table = read_korsts(data_file)
     model = load_encoder(model_folder)
@@ -64,7 +69,7 @@ def time_new(model_folder: str, data_file: str) -> dict:
     return {"one_model": lap(evaluate, [(None,)]), "six_dims": lap(evaluate, [DIMS])}
 
 
-def lap(function, arguments) -> float:
+def lap(function: Callable[[Any], None], arguments: Iterable[Any]) -> float:
     """Returns the seconds that calls with each of the arguments take."""
     start = time.perf_counter()
     for argument in arguments:
@@ -73,16 +78,19 @@ def lap(function, arguments) -> float:
 
 
 def main() -> None:
+    """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--old_python", help="interpreter with sentence-transformers 2.7")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "KorNLUDatasets")
     parser.add_argument("--repeats", type=int, default=3)
-    output = REPOSITORY / "results" / "measurements" / "benchmark.json"
-    parser.add_argument("--output", type=Path, default=output)
+    output = Path(__file__).with_name("benchmark.json")
+    parser.add_argument("--output", type=Path, default=output, help="default: beside this script")
     parser.add_argument("--child", choices=("old", "new"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     data_file = str(args.data_dir / "KorSTS" / "sts-test.tsv")
+    if not Path(data_file).is_file():
+        raise UserError(f"{data_file}: no such file")
     if args.child:
         import torch
 
@@ -91,8 +99,8 @@ def main() -> None:
         print(json.dumps(seconds | {"threads": torch.get_num_threads()}))
         return
     if not args.old_python:
-        parser.error("--old_python is needed")
-    laps: dict[str, list[dict]] = {"old": [], "new": []}
+        raise UserError("--old_python is needed")
+    laps: dict[str, list[dict[str, float]]] = {"old": [], "new": []}
     for _ in range(args.repeats):
         for way, python in (("old", args.old_python), ("new", sys.executable)):
             command = [python, __file__, "--child", way, "--model", args.model]
@@ -113,10 +121,10 @@ def main() -> None:
         "times_as_fast": {key: seconds["old"][key] / seconds["new"][key] for key in TIMED},
         "laps": laps,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output, report)
     print(json.dumps({key: report[key] for key in ("median_seconds", "times_as_fast")}, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

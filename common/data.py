@@ -10,19 +10,19 @@ A file that is not what it should be raises `UserError`, whose message holds one
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-DATA_DIR = Path(__file__).resolve().parent / "KorNLUDatasets"
+from common.command_line import REPOSITORY, UserError
+
+DATA_DIR = REPOSITORY / "KorNLUDatasets"
 STS_COLUMNS = ("genre", "filename", "year", "id", "score", "sentence1", "sentence2")
 NLI_COLUMNS = ("sentence1", "sentence2", "gold_label")
 NLI_LABELS = ("entailment", "neutral", "contradiction")
@@ -41,46 +41,6 @@ PUBLISHED_BLOB_IDS = {
     "sts-test.tsv": "d2a7c958d520ed84402c0042142a60d9a18ee3e4",
     "sts-train.tsv": "91fc16190dd0102a3cad2f0abf83317703438869",
 }
-
-
-class UserError(Exception):
-    """A bad argument, file or model: its message is all that a user needs to put it right."""
-
-
-@contextlib.contextmanager
-def command_line() -> Iterator[None]:
-    """Ends a script as its users expect: errors in one line, no traceback.
-
-    Exit status 2 for a `UserError` (bad arguments or data), 1 for what the machine refuses (a full
-    disk, a folder without write permission), 130 after Ctrl-C.
-    """
-    threading.excepthook = _end_thread
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except FloatingPointError as error:  # a loss or an embedding that is not finite
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        print(_system_line(error), file=sys.stderr)
-        sys.exit(1)
-
-
-def _system_line(error: OSError) -> str:
-    return f"error: {error.filename or 'system'}: {error.strerror or error}"
-
-
-def _end_thread(args: threading.ExceptHookArgs) -> None:
-    """Gives the system's refusals one line in threads too (TensorBoard writes in one)."""
-    if isinstance(args.exc_value, OSError):
-        print(_system_line(args.exc_value), file=sys.stderr)
-    else:
-        threading.__excepthook__(args)
 
 
 def blob_id(path: Path) -> str:

@@ -1,0 +1,20 @@
+"""What the scripts share: one subject a room, imported and never run.
+
+A room may import those above it in this list, never one below (tests/test_house.py):
+
+    command_line    errors in one line, exit statuses, files replaced whole, hashes, stored commands
+    data            files to checked tables, NLI triplets, file records
+    evaluation      the eight correlations, bootstrap, paired differences
+    encoders        fetch, check, load, save an encoder; its default prompt, its pooling
+    exported        an exported .onnx file as an encoder
+    scoring         pairs of sentences encoded and scored
+    batches         orders of rows: shuffled, without duplicates, shared among processes
+    packing         one forward without padding for all columns of a batch
+    run_folder      a run on disk: options, data, checkpoints, resume, scores, model card, upload
+    averaging       means of weights, and which of them dev prefers
+    options         the options that all recipes have, and their checks
+    training        the trainer, its callbacks, `train`
+    results         result files, their tables, the generated parts of Markdown files
+    experiment_log  the log of training runs: rows, groups, tables
+    plots           the pictures of results/
+"""

@@ -1,0 +1,117 @@
+"""What a script needs before it knows any subject: errors, files replaced whole, hashes, commands.
+
+Exit statuses: 0 done, 2 bad arguments or bad data (a `UserError`), 1 anything else, 130 after
+Ctrl-C. Progress goes to stderr, results to stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """A bad argument, file or model: its message is all that a user needs to put it right."""
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Ends a script as its users expect: errors in one line, no traceback.
+
+    Exit status 2 for a `UserError` (bad arguments or data), 1 for what the machine refuses (a full
+    disk, a folder without write permission), 130 after Ctrl-C.
+    """
+    threading.excepthook = _end_thread
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except FloatingPointError as error:  # a loss or an embedding that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(_system_line(error), file=sys.stderr)
+        sys.exit(1)
+
+
+def _system_line(error: OSError) -> str:
+    return f"error: {error.filename or 'system'}: {error.strerror or error}"
+
+
+def _end_thread(args: threading.ExceptHookArgs) -> None:
+    """Gives the system's refusals one line in threads too (TensorBoard writes in one)."""
+    if isinstance(args.exc_value, OSError):
+        print(_system_line(args.exc_value), file=sys.stderr)
+    else:
+        threading.__excepthook__(args)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name to write to, then renames: others see the old file whole, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by this UTF-8 text, whole or not at all."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by this content as JSON; raises `ValueError` for NaN and infinite numbers."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Returns a JSON file's content."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_command(arguments: Sequence[str] | None = None) -> str:
+    """Returns a command line (default: this process's) with paths cut to their last part.
+
+    For files that other people see: where a folder lies on this machine is nobody's business.
+    """
+    script, *rest = sys.argv if arguments is None else arguments
+
+    def shorten(argument: str) -> str:
+        option, equals, value = (
+            argument.rpartition("=") if argument[:2] == "--" else ("", "", argument)
+        )
+        looks_local = value.startswith((".", "~", os.sep)) or Path(value).exists()
+        return option + equals + (Path(value).expanduser().resolve().name if looks_local else value)
+
+    return shlex.join(["python", Path(script).name, *map(shorten, rest)])

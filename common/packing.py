@@ -1,0 +1,122 @@
+"""One forward without padding for all columns of a batch (on a CPU).
+
+Of a batch of KorSTS or KorNLI, padded by column, two thirds are padding. Here the sentences of all
+columns go through the encoder in one forward, laid side by side into rows without padding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Tokens of a row. Longer rows hold less padding but more pairs of tokens that do not see each
+# other: attention costs their square. Of 32, 48, 64, 96 and 128, a step of 8 KorSTS pairs took
+# 0.88, 0.81 to 0.85, 0.93, 0.87 and 0.99 CPU seconds.
+ROW_LENGTH = 48
+
+
+def _attention_in_fp32(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of --precision bf16: on CPUs, torch's own in bf16 is several times slower."""
+    with torch.autocast("cpu", enabled=False):
+        columns = (query.float(), key.float(), value.float())
+        return sdpa_attention_forward(module, *columns, attention_mask, **options)
+
+
+def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> None:
+    """Makes training forwards on a CPU skip padding: sentences share rows, each seeing only itself.
+
+    The sentences of a batch are laid into rows of row_length tokens (or the longest sentence's),
+    longest first, each where it first fits, with positions that start again and an attention mask
+    that is block-diagonal; token embeddings come back in the batch's own layout. Losses and
+    gradients are the same up to rounding (and the draws of dropout). For BERT and RoBERTa; other
+    encoders, GPUs and evaluation keep their padded forwards.
+    """
+    encoder = model[0].model
+    # RoBERTa counts positions from behind its padding index.
+    offset = {"bert": 0, "roberta": encoder.config.pad_token_id + 1}.get(encoder.config.model_type)
+    if offset is None or encoder.device.type != "cpu":
+        return
+    # By name and for the whole process: transformers looks "sdpa" up at each call. Other float32
+    # models get what they got (float() changes nothing there); one kept in half precision would
+    # get float32 back, and the scripts load none.
+    AttentionInterface.register("sdpa", _attention_in_fp32)
+    padded_forward = encoder.forward
+
+    @functools.wraps(padded_forward)
+    def packed_forward(**inputs: Any) -> Any:
+        # Below: S sentences padded to L tokens come in, R rows of W places go through the encoder.
+        mask = inputs["attention_mask"].bool()  # (S, L)
+        right_padded = mask[:, 0].all() and not (mask[:, 1:] > mask[:, :-1]).any()
+        if not encoder.training or not right_padded:
+            return padded_forward(**inputs)
+        lengths = mask.sum(1).tolist()
+        width = max(row_length, *lengths)  # W
+        used: list[int] = []  # of each row, the places taken
+        first = [0] * len(lengths)  # of each sentence, its first place in the flattened rows
+        for sentence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            length = lengths[sentence]
+            row = next((row for row, n in enumerate(used) if n + length <= width), len(used))
+            if row == len(used):
+                used.append(0)
+            first[sentence] = row * width + used[row]
+            used[row] += length
+        column = torch.arange(mask.shape[1])  # (L,)
+        # (S, L): each token's place among R * W. Padding takes any sentence's: pooling drops it.
+        place = torch.where(mask, torch.tensor(first)[:, None] + column, first[0])
+
+        def lay(values: torch.Tensor, empty: int) -> torch.Tensor:
+            """Lays values that expand to (S, L) into rows, (R, W)."""
+            rows = torch.full((len(used) * width,), empty)
+            rows[place[mask]] = values.expand_as(mask)[mask]
+            return rows.view(len(used), width)
+
+        # Whose token each place holds. Empty places are one owner's, -1, and see each other: a
+        # place that saw nothing would be a softmax over nothing. No token sees them.
+        owner = lay(torch.arange(len(lengths))[:, None], -1)
+        blocked = owner[:, :, None] != owner[:, None, :]  # (R, W, W)
+        for name in ("input_ids", "token_type_ids"):
+            if name in inputs:
+                inputs[name] = lay(inputs[name], 0)
+        inputs["position_ids"] = lay(column + offset, offset)
+        inputs["attention_mask"] = torch.zeros(blocked.shape).masked_fill(
+            blocked, torch.finfo(torch.float32).min
+        )[:, None]  # (R, 1, W, W), added to the scores of all heads
+        output = padded_forward(**inputs)
+        hidden = output.last_hidden_state  # (R, W, hidden)
+        output.last_hidden_state = hidden.flatten(0, 1)[place]  # (S, L, hidden)
+        return output
+
+    encoder.forward = packed_forward
+
+
+class OneForward(torch.nn.Module):
+    """Embeds all columns of a batch in one forward: the recipes' are sentences of one kind.
+
+    With `gather` the loss sees the shares of all processes, as one process would.
+    """
+
+    def __init__(self, model: SentenceTransformer, loss: torch.nn.Module, gather: bool) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss  # the trainer puts its DDP model where `model` is
+        self.gather = gather
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        # One (batch, dimension) tensor a column.
+        embeddings = embed_columns(self.model, sentence_features, separate_first=False)
+        if self.gather:
+            embeddings = [all_gather_with_grad(column) for column in embeddings]
+            labels = all_gather(labels)
+        return self.loss.compute_loss_from_embeddings(embeddings, labels)

@@ -1,0 +1,374 @@
+"""Trains a recipe: model set-up, the trainer with its callbacks, `train`.
+
+What a recipe is made of (data, batches, loss, optimizer, schedule) is read in its script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shlex
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+)
+from sentence_transformers.sentence_transformer.training_args import (
+    SentenceTransformerTrainingArguments,
+)
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+
+from common.averaging import try_means
+from common.command_line import UserError, first_line
+from common.encoders import default_prompt, load_encoder
+from common.evaluation import SCORE_KEYS, spearman_line
+from common.packing import OneForward, pack_sentences
+from common.run_folder import Result, Run, Scores, seal_checkpoint, step_of
+from common.scoring import PairsEvaluator
+
+
+def load_model(args: argparse.Namespace) -> SentenceTransformer:
+    """Seeds torch and loads the encoder; raises `UserError` for dims above its width."""
+    set_seed(args.seed)
+    model = load_encoder(args.model_name_or_path, args.max_seq_length)
+    if args.prompt:
+        model.prompts, model.default_prompt_name = {"default": args.prompt}, "default"
+    width = model.get_embedding_dimension()
+    if args.matryoshka_dims and args.matryoshka_dims[0] > width:
+        raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
+    for option in ("attention_dropout", "hidden_dropout"):
+        if (share := getattr(args, option)) is None:
+            continue
+        layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+            and name.endswith("attention.self.dropout") == (option == "attention_dropout")
+        ]
+        if not layers:
+            kind = model[0].model.config.model_type
+            raise UserError(f"--{option}: for BERT and RoBERTa, not for {kind}")
+        for layer in layers:
+            layer.p = share
+    pack_sentences(model)
+    return model
+
+
+def recipe_loss(
+    model: SentenceTransformer,
+    loss: torch.nn.Module,
+    args: argparse.Namespace,
+    gather: bool = False,
+) -> torch.nn.Module:
+    """Makes the loss take one forward, and count at each of --matryoshka_dims where given.
+
+    Args:
+        gather: the loss is to see the whole batch where several processes share it, and does not
+            gather it itself.
+    """
+    if not isinstance(loss, CachedMultipleNegativesRankingLoss):  # has forwards of its own
+        loss = OneForward(model, loss, gather)
+    if not args.matryoshka_dims:
+        return loss
+    return MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
+
+
+# --- Callbacks and optimizer -----------------------------------------------------------------
+
+
+class EvaluationPoints(ProgressCallback):
+    """Evaluates and saves at the recipe's points; prints each dev score; stops early if asked."""
+
+    def __init__(
+        self,
+        evaluate_at: set[int],
+        save_steps: int | None,
+        patience: int | None,
+        dev: PairsEvaluator,
+    ) -> None:
+        super().__init__()
+        self.evaluate_at, self.save_steps = evaluate_at, save_steps
+        self.patience, self.dev = patience, dev
+
+    def on_step_end(
+        self,
+        args: SentenceTransformerTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        step = state.global_step
+        control.should_evaluate = step in self.evaluate_at or step >= state.max_steps
+        control.should_save = control.should_evaluate or (
+            self.save_steps is not None and step % self.save_steps == 0
+        )
+
+    def on_evaluate(
+        self,
+        args: SentenceTransformerTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            scores = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+            print(
+                f"\nstep {state.global_step}/{state.max_steps}: {self.dev}: Spearman x100: "
+                f"{spearman_line(scores)}",
+                file=sys.stderr,
+            )
+        # The trainer takes note of a new best after this call.
+        if self.patience is not None and state.best_metric is not None:
+            later = [step for step, _ in evaluations(state) if step > state.best_global_step]
+            is_best = metrics["eval_cosine_spearman"] > state.best_metric
+            control.should_training_stop = not is_best and len(later) >= self.patience
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the trainer's dictionaries out of the terminal; TensorBoard has them."""
+
+
+def evaluations(state: TrainerState) -> list[tuple[int, Scores]]:
+    """Returns (step, scores) of each dev evaluation so far; step 0 is before training."""
+    return [
+        (
+            entry["step"],
+            {
+                key.removeprefix("eval_"): value
+                for key, value in entry.items()
+                if key.removeprefix("eval_").split("@")[0] in SCORE_KEYS
+            },
+        )
+        for entry in state.log_history
+        if "eval_cosine_spearman" in entry
+    ]
+
+
+class AdamWPerTask(torch.optim.AdamW):
+    """AdamW with moments of its own for each of two tasks that share the parameters."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.task, self.moments = 0, [self.state, defaultdict(dict)]
+
+    def step(self, closure: Any = None) -> Any:
+        self.state = self.moments[self.task]
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        tasks = []
+        for moments in self.moments:
+            self.state = moments
+            tasks.append(super().state_dict())
+        return {"tasks": tasks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for task, state in enumerate(state_dict["tasks"]):
+            super().load_state_dict(state)
+            self.moments[task] = self.state
+
+
+class TakeTurns(TrainerCallback):
+    """Tells the optimizer whose step it is: NLI's, then STS's."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["optimizer"].optimizer.task = state.global_step % 2
+
+
+# --- The trainer -----------------------------------------------------------------------------
+
+
+class RecipeTrainer(SentenceTransformerTrainer):
+    """sentence-transformers' trainer on a list of batches, with checkpoints that are whole.
+
+    `batches` is the whole run as one list: nothing is drawn while training, so that a resumed run
+    sees the batches it would have seen. The best checkpoint and the last `keep_last` are kept.
+    """
+
+    def __init__(
+        self,
+        batches: list[list[int]],
+        keep_last: int,
+        points: EvaluationPoints,
+        **kwargs: Any,
+    ) -> None:
+        self.batches, self.keep_last, self.points = batches, keep_last, points
+        super().__init__(**kwargs)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(points)
+
+    def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        return self.batches
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Leaves the library's card out: it asks the Hub; `run_folder.model_card` is ours."""
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        batch = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            texts = [
+                self.processing_class.decode(row, skip_special_tokens=True)
+                for name in sorted(batch)
+                if name.endswith("input_ids")
+                for row in batch[name]
+            ]
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}, data set {batch.get('dataset_name')}: the "
+                f"loss is {loss.item()} for the batch: {' | '.join(texts)}"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What torch and safetensors say when the disk is full.
+            raise OSError(None, f"not written: {first_line(error)}", str(folder)) from None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            seal_checkpoint(folder, self.state.best_global_step, self.keep_last)
+
+
+def recipe_trainer(
+    run: Run,
+    model: SentenceTransformer,
+    train_data: dict[str, pd.DataFrame],
+    losses: dict[str, torch.nn.Module],
+    batches: list[list[int]],
+    evaluate_at: set[int],
+    dev: PairsEvaluator,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **schedule: Any,
+) -> RecipeTrainer:
+    """Sets up the trainer of a recipe.
+
+    Args:
+        train_data: one table for each loss; its columns are the loss's, in order.
+        batches: of the whole run, row numbers counted through train_data's tables.
+        evaluate_at: steps after which the dev score is taken; the last step always is one.
+        optimizer: a class and its options, instead of the one that `schedule` names.
+        schedule: training arguments of transformers: learning rate, warm-up, weight decay,
+            clipping, optimizer.
+    """
+    args = run.args
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "logs")
+    arguments = SentenceTransformerTrainingArguments(
+        **schedule,
+        output_dir=str(run.folder / "checkpoints"),
+        num_train_epochs=1,  # `batches` is the whole run
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        bf16=args.precision == "bf16" or (args.precision == "auto" and has_bf16),
+        fp16=args.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
+        prompts=default_prompt(model) or None,
+        seed=args.seed,
+        eval_strategy="no",  # EvaluationPoints decides when
+        eval_on_start=run.checkpoint is None,
+        save_strategy="steps",
+        save_steps=sys.maxsize,
+        metric_for_best_model="cosine_spearman",
+        greater_is_better=True,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=["tensorboard"],
+    )
+    return RecipeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=DatasetDict(
+            {name: Dataset.from_pandas(table) for name, table in train_data.items()}
+        ),
+        loss=losses,
+        evaluator=dev,
+        batches=batches,
+        keep_last=args.average_checkpoints,
+        points=EvaluationPoints(evaluate_at, args.save_steps, args.early_stopping, dev),
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
+    )
+
+
+def train(run: Run, trainer: RecipeTrainer) -> Result:
+    """Trains, or goes on with --resume, and reads the best model back from its checkpoint.
+
+    Exits with status 1 when the reloaded model does not give the dev score it was chosen by.
+    """
+    dev, started_at = trainer.points.dev, 0
+    if run.args.resume:
+        where = run.checkpoint or "the start: no checkpoint yet"
+        print(f"resuming from {where}", file=sys.stderr)
+    if run.checkpoint:
+        started_at = step_of(run.checkpoint)
+    startup = time.time() - psutil.Process().create_time()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except KeyboardInterrupt:
+        options = [option for option in sys.argv[1:] if option != "--resume"]
+        if "--run_dir" not in options:
+            options += ["--run_dir", str(run.folder)]
+        command = shlex.join(["python", sys.argv[0], *options, "--resume"])
+        print(f"\nstopped; to go on: {command}", file=sys.stderr)
+        raise
+    finally:
+        if trainer.points.training_bar is not None:
+            trainer.points.training_bar.close()  # an error gets a line of its own
+    figures = {
+        "steps": trainer.state.global_step - started_at,
+        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
+        "startup_seconds": round(startup, 2),
+        "training_wall_seconds": round(time.perf_counter() - wall - dev.wall_seconds, 2),
+        "training_cpu_seconds": round(time.process_time() - cpu - dev.cpu_seconds, 2),
+        "evaluation_wall_seconds": round(dev.wall_seconds, 2),
+        "evaluation_cpu_seconds": round(dev.cpu_seconds, 2),
+        # Kilobytes on Linux, bytes on macOS.
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        // (2**20 if sys.platform == "darwin" else 2**10),
+    }
+    best_step, expected = trainer.state.best_global_step, trainer.state.best_metric
+    folder = run.folder / "checkpoints" / f"checkpoint-{best_step}"
+    best, chosen, tried = (
+        load_encoder(str(folder), run.args.max_seq_length),
+        f"step {best_step}",
+        {},
+    )
+    if run.is_main:
+        scores = dev(best, steps=best_step)
+        actual = scores["cosine_spearman"]
+        if abs(actual - expected) > 1e-6:
+            sys.exit(
+                f"error: the best checkpoint (step {best_step}) gives dev cosine Spearman {actual} "
+                f"when read back, and gave {expected} while training"
+            )
+        if run.args.average_checkpoints > 1 or run.args.start_weight:
+            best, chosen, tried = try_means(run, dev, best, best_step, scores)
+    return Result(best, dev, evaluations(trainer.state), best_step, tried, chosen, figures)

@@ -1,0 +1,83 @@
+"""Result files and their pages: what is typed beside the tables is what results/ says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from common import results
+from common.command_line import REPOSITORY, UserError, read_json
+
+TRAIN_SH = (REPOSITORY / "train.sh").read_text(encoding="utf-8")
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TASKS = {"training_multi-task.py": "multitask", "training_nli.py": "nli", "training_sts.py": "sts"}
+
+
+def published() -> dict[str, str]:
+    """Cosine Spearman of the original's models by recipe, as people read it."""
+    files = sorted((REPOSITORY / "results").glob("jhgan--*.published.json"))
+    return {
+        file.name.removeprefix("jhgan--").removesuffix(".published.json"): (
+            f"{100 * read_json(file)['scores']['cosine_spearman']:.2f}"
+        )
+        for file in files
+    }
+
+
+# --- What the scripts and the README expect --------------------------------------------------
+
+
+def test_train_sh_expects_what_was_published() -> None:
+    lines = re.findall(r"^ *(ko-[a-z0-9-]+)\) run (.+?) *;; *# (.+)$", TRAIN_SH, re.M)
+    assert len(lines) == len(re.findall(r"^ *ko-[a-z0-9-]+\) run ", TRAIN_SH, re.M)) == 18
+    expected = {name: comment for name, _, comment in lines if comment != "not published"}
+    assert expected == published()
+    # Two stages were not published at all; a score behind them would be somebody's guess.
+    staged = re.findall(r"^ *(ko-[a-z0-9-]+)\) staged .+;;(.*)$", TRAIN_SH, re.M)
+    assert staged == [("ko-sroberta-v2", ""), ("ko-sbert-v2", "")]
+    assert not {name for name, _ in staged} & published().keys()
+
+
+def test_the_readme_expects_what_was_published() -> None:
+    rows = re.findall(r"^\| `(ko-[a-z0-9-]+)`[^|]*\| `[^`]+` \| ([\d.]+) \|", README, re.M)
+    assert dict(rows) == published() and len(rows) == len(published())
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_a_docstring_expects_what_was_published(script: str) -> None:
+    text = ast.get_docstring(ast.parse((REPOSITORY / script).read_text(encoding="utf-8")))
+    _, _, expectation = text.partition("Expected (published):")
+    figures = dict(re.findall(r"klue/(\w+)-base\s+(\d+\.\d+)", expectation))
+    task = TASKS[script]
+    assert figures == {
+        "roberta": published()[f"ko-sroberta-{task}"],
+        "bert": published()[f"ko-sbert-{task}"],
+    }
+    assert re.findall(r"\d+\.\d+", expectation) == [figures["roberta"], figures["bert"]]
+
+
+# --- Generated parts -------------------------------------------------------------------------
+
+
+def test_a_page_speaks_korean_and_the_terminal_english() -> None:
+    row = read_json(REPOSITORY / "results" / "e5-small-ko-v2.json")
+    row["model"]["pooling_added"], row["embedding_precision"] = True, "int8"
+    page, terminal = results.tables([row])["all"], results.score_table([row])
+    for english, korean in results.KOREAN.items():
+        assert english in terminal and english not in page.replace("e5-small-ko-v2", "")
+        assert korean in page and korean not in terminal
+
+
+def test_a_table_that_has_no_rows_says_so(tmp_path: Path) -> None:
+    parts = results.tables([]) | {"onnx": results.onnx_part(tmp_path)}
+    assert set(parts.values()) == {results.NOT_MEASURED}
+
+
+def test_a_marker_of_no_part_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results:odd -->\n<!-- /results:odd -->\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"page\.md: no part results:odd; there are all, onnx"):
+        results.write_parts(page, {"all": "", "onnx": ""})

@@ -1,0 +1,200 @@
+"""Runs that are killed, stopped, refused, full: what is on disk, and how they go on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import KORNLU, OFFLINE, SAMPLES, command, run, weights
+from encoders import edit_json
+from filelock import FileLock
+
+from common.run_folder import last_checkpoint
+
+
+def checkpoint_states(folder: Path, name: str) -> set[str]:
+    return {str(path) for path in folder.glob(f"checkpoints/*/{name}")}
+
+
+def check_kills(
+    script: str, model: Path, options: list[object], tmp_path: Path, kills: int, start: float
+) -> None:
+    """Kills a run at random moments; each run that ends in spite of it must give the weights (and
+    scores) of an uninterrupted one. Every other kill falls while a checkpoint is being written or
+    just after it, the others up to `start` seconds after the start of the process."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    done = run(script, model, *options, "--run_dir", whole)
+    assert done.returncode == 0, done.stderr
+    expected, expected_scores = weights(whole), json.loads((whole / "scores.json").read_text())
+    generator = np.random.default_rng(777)
+    killed, resumed = 0, False
+    finished = False
+    while not finished or killed < kills:
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+        process = subprocess.Popen(
+            command(script, model, *options, "--run_dir", folder, *resume),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=OFFLINE,
+        )  # fmt: skip
+        if killed < kills:
+            if killed % 2:
+                # The first file of a checkpoint, or its last: then there is one to go on from.
+                name = "*.json" if killed % 4 == 1 else "manifest.json"
+                before = checkpoint_states(folder, name)
+                while process.poll() is None and checkpoint_states(folder, name) <= before:
+                    time.sleep(0.005)
+                time.sleep(generator.uniform(0, 0.5))
+            else:
+                time.sleep(generator.uniform(0, start))
+            process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        killed += process.returncode == -signal.SIGKILL
+        resumed |= "resuming from" in stderr and "no checkpoint yet" not in stderr
+        # What looks finished is finished. A fast machine ends runs between two kills: begin anew.
+        finished = (folder / "modules.json").exists()
+        assert finished or process.returncode
+        if finished:
+            actual = weights(folder)
+            assert all(torch.equal(expected[name], actual[name]) for name in expected)
+            assert json.loads((folder / "scores.json").read_text()) == expected_scores
+            shutil.rmtree(folder)
+    assert resumed
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_weights(
+    encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 24, "--save_steps", 2, "--nli_batch_size", 8, "--no_test"]
+    check_kills("training_multi-task.py", encoder, options, tmp_path, kills=6, start=8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
+def test_killed_twenty_times_the_real_encoder_ends_with_the_same_weights(
+    offline_encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 60, "--save_steps", 10, "--data_dir", KORNLU, "--no_test"]
+    check_kills("training_sts.py", offline_encoder, options, tmp_path, kills=20, start=15)
+
+
+def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 2, "--save_steps", 1, "--no_test", "--run_dir", folder]
+    assert run("training_sts.py", encoder, *options).returncode == 0
+    again = run("training_sts.py", encoder, *options, "--resume")
+    assert again.returncode == 2
+    assert "this run finished at" in again.stderr
+    run_file = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run_file | {"finished": None}))
+    other = run("training_sts.py", encoder, *options, "--resume", "--learning_rate", 1e-3)
+    assert other.returncode == 2
+    assert "--learning_rate is 0.001 now and was 2e-05" in other.stderr
+    optimizer = folder / "checkpoints/checkpoint-2/optimizer.pt"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    damaged = run("training_sts.py", encoder, *options, "--resume")
+    assert damaged.returncode == 2
+    assert damaged.stderr.splitlines()[-1].startswith(f"error: {optimizer}: damaged")
+    busy = FileLock(folder / ".lock")
+    with busy:
+        second = run("training_sts.py", encoder, *options, "--resume")
+    assert second.returncode == 2
+    assert "another run is at work in this folder" in second.stderr
+
+
+def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) -> None:
+    options = ["--save_steps", 2, "--run_dir", tmp_path / "run", "--no_test"]
+    process = subprocess.Popen(
+        command("training_sts.py", encoder, "--max_steps", 2000, *options),
+        stderr=subprocess.PIPE, text=True, env=OFFLINE,
+        # Tests that run in the background inherit a SIGINT that is ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while process.poll() is None and not [*tmp_path.glob("run/checkpoints/*/manifest.json")]:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    line = next(line for line in stderr.splitlines() if line.startswith("stopped; to go on: "))
+    again = shlex.split(line.removeprefix("stopped; to go on: "))
+    assert again[1:] == [*process.args[1:], "--resume"]
+    assert last_checkpoint(tmp_path / "run/checkpoints")
+
+
+def file_size_limit(limit: int) -> None:
+    """A write beyond it fails in the middle of a file, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 6, "--save_steps", 2, "--run_dir", folder, "--no_test"]
+    whole = run("training_sts.py", encoder, *options[:-3], "--run_dir", tmp_path / "whole",
+                "--no_test")  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    sizes = [path.stat().st_size for path in (tmp_path / "whole/checkpoints").rglob("*.*")]
+    resume: list[str] = []
+    # Too little for the optimizer, then for the weights, then for the small files.
+    for limit in (max(sizes) - 1000, max(sizes) // 2 - 1000, 2000):
+        done = subprocess.run(
+            command("training_sts.py", encoder, *options, *resume), capture_output=True, text=True,
+            env=OFFLINE,
+            preexec_fn=functools.partial(file_size_limit, limit),
+        )  # fmt: skip
+        assert done.returncode == 1, (limit, done.stderr)
+        assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (folder / "modules.json").exists()
+        resume = ["--resume"]
+    done = run("training_sts.py", encoder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    expected, actual = weights(tmp_path / "whole"), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_an_output_folder_that_cannot_be_written(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("whole")
+    done = run("training_sts.py", encoder, "--output_dir", tmp_path / "file", "--no_test")
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "whole"
+    if os.geteuid() == 0:
+        return  # root writes to read-only folders
+    (tmp_path / "closed").mkdir(mode=0o555)
+    done = run("training_sts.py", encoder, "--output_dir", tmp_path / "closed", "--no_test")
+    assert done.returncode == 1
+    assert "Permission denied" in done.stderr.splitlines()[-1]
+
+
+def test_a_resume_with_other_options_is_refused_before_anything_is_read(
+    encoder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(encoder, tmp_path / "model")
+    data = shutil.copytree(SAMPLES, tmp_path / "data")
+    options = ["--data_dir", data, "--max_steps", 1, "--no_test", "--run_dir", tmp_path / "run"]
+    assert run("training_sts.py", model, *options).returncode == 0
+    edit_json(tmp_path / "run/run.json", finished=None)
+    shutil.rmtree(model)
+    shutil.rmtree(data)
+    done = run("training_sts.py", model, *options, "--resume", "--seed", 1)
+    assert done.returncode == 2
+    assert done.stderr == "error: --resume: --seed is 1 now and was 777: not that run\n"

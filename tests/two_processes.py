@@ -1,0 +1,35 @@
+"""Runs several training commands one after the other, in the processes that torchrun started.
+
+    torchrun --standalone --nproc_per_node 2 tests/two_processes.py COMMANDS.json
+
+COMMANDS.json is a list of [script, argument, ...]. Each is run as from the command line; the first
+process writes COMMANDS.json.done with exit status, stdout and stderr of each. Starting processes
+and importing torch in them takes longer than all of the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from commands import run_script
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    done = []
+    for script, *arguments in json.loads(file.read_text()):
+        process = run_script(script, *arguments)
+        done.append([process.returncode, process.stdout, process.stderr])
+        if process.returncode:
+            break  # the other process may wait for this one for ever
+    if os.environ["RANK"] == "0" or done[-1][0]:
+        file.with_suffix(f".done-{os.environ['RANK']}").write_text(json.dumps(done))
+    if done[-1][0]:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
