@@ -34,7 +34,7 @@ def encode_distinct(
         (sentences, dimension) float32, in the order given.
     """
     mask = encoder.preprocess(sentences, prompt=prompt).get("attention_mask")
-    lengths = np.array([len(text) for text in sentences] if mask is None else mask.sum(1))
+    lengths = np.asarray([len(text) for text in sentences] if mask is None else mask.sum(1))
     order = np.argsort(-lengths, kind="stable")
     # A batch ends where the running number of tokens passes a multiple of batch_tokens.
     ends = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // batch_tokens)) + 1

@@ -1,18 +1,23 @@
 """Runs the repository's scripts as a user does: the same files, arguments, output, exit status.
 
-In this process, where torch and transformers are loaded already; what a test kills, limits or
-needs a clean interpreter for gets a process of its own from `command`.
+Loading torch and transformers takes ten seconds, so that tests run scripts in this process (`run`)
+or, where they kill, stop or limit one, in a process forked from one that has loaded them (`start`).
+What needs a clean interpreter gets one from `command`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
+import resource
 import runpy
+import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -32,7 +37,8 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script in this process; returns what a process of its own would have given."""
     line = [str(REPOSITORY / script), *map(str, arguments)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    status = 0
     with (
         mock.patch.object(sys, "argv", line),
         mock.patch.object(threading, "excepthook", threading.excepthook),
@@ -48,7 +54,8 @@ def run_script(
             if isinstance(status, str):
                 print(status, file=err)
                 status = 1
-    return subprocess.CompletedProcess(line, status or 0, out.getvalue(), err.getvalue())
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(line, status or 0, *said)
 
 
 def training_arguments(encoder: Path, *options: object) -> list[str]:
@@ -72,3 +79,77 @@ def run(
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Returns the weights of a model folder."""
     return load_file(folder / "model.safetensors")
+
+
+class Started:
+    """A script in a process of its own, with what tests use of `subprocess.Popen`."""
+
+    def __init__(
+        self, script: str | Path, *arguments: object, largest_file: int | None = None
+    ) -> None:
+        self.args = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["preloaded"])
+        pipes = [context.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+        writers = [writer for _, writer in pipes]
+        self.process = context.Process(
+            target=_run_forked, args=(self.args[1:], writers, largest_file)
+        )
+        # For the process that forks, which the first start starts: it has no other path.
+        here = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+        with mock.patch.dict(os.environ, {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1"}):
+            self.process.start()
+        self.read: list[list[bytes]] = [[], []]
+        self.threads = []
+        for (reader, writer), chunks in zip(pipes, self.read, strict=True):
+            writer.close()
+            thread = threading.Thread(target=_drain, args=(reader, chunks), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def send_signal(self, number: int) -> None:
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+    def communicate(self) -> tuple[str, str]:
+        """Waits for the end; returns stdout and stderr."""
+        self.process.join()
+        for thread in self.threads:
+            thread.join()
+        out, err = (b"".join(chunks).decode() for chunks in self.read)
+        return out, err
+
+
+def _drain(reader: Connection, chunks: list[bytes]) -> None:
+    while chunk := os.read(reader.fileno(), 1 << 16):
+        chunks.append(chunk)
+    reader.close()
+
+
+def _run_forked(line: list[str], writers: list[Connection], largest_file: int | None) -> None:
+    for number, writer in enumerate(writers, start=1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    # Tests that run in the background inherit a SIGINT that is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = line
+    assert "common.training" in sys.modules
+    if largest_file is not None:  # a write beyond it fails in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    runpy.run_path(line[0], run_name="__main__")
+
+
+def start(script: str | Path, encoder: Path, *options: object, **limits: int) -> Started:
+    """Starts a training script on the samples in a process of its own."""
+    return Started(script, *training_arguments(encoder, *options), **limits)

@@ -1,11 +1,10 @@
 """The benchmark's command line on tiny encoders and the samples (which are not KorSTS)."""
 
+import functools
 import getpass
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from commands import Started
 from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
 from hub import Hub
 from onnx import TensorProto, helper, numpy_helper
@@ -179,11 +179,15 @@ def test_the_batch_size_changes_nothing_beyond_rounding(plain):
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
-def test_quantised_embeddings_are_rows_of_their_own(run, plain, tmp_path, precision):
+def test_quantised_embeddings_are_rows_of_their_own(run, plain, tmp_path, precision, monkeypatch):
+    # One at a time on both sides: another batch rounds differently, on some CPUs by just what puts
+    # a value on the next int8 step.
+    alone = functools.partial(scoring.encode_distinct, batch_tokens=1)
+    monkeypatch.setattr(scoring, "encode_distinct", alone)
     status, out, _ = run(plain, "--embedding_precision", precision)
     assert status == 0 and written(tmp_path) == [f"tiny.{precision}.json"]
     result = read(tmp_path, f"tiny.{precision}")
-    expected = evaluator_scores(plain, precision=precision)
+    expected = evaluator_scores(plain, precision=precision, batch_size=1)
     assert result["scores"] == pytest.approx(expected, abs=1e-6)
     assert f"tiny (mean pooling added, {precision} embeddings)" in out
 
@@ -390,14 +394,10 @@ def test_an_interrupted_write_leaves_the_old_file_whole(run, plain, tmp_path, mo
 
 
 def test_two_benchmarks_at_once_leave_whole_results(plain, trained, tmp_path):
-    command = [sys.executable, REPOSITORY / "benchmark.py", plain, trained]
-    command += ["--data_dir", SAMPLES, "--results_dir", tmp_path / "results"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    options = {"cwd": tmp_path, "env": environment, "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    both = [subprocess.Popen(command, **pipes, **options) for _ in range(2)]
+    where = ["--data_dir", SAMPLES, "--results_dir", tmp_path / "results"]
+    both = [Started("benchmark.py", plain, trained, *where) for _ in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate()
         assert process.returncode == 0, err
         assert "| run |" in out and "Traceback" not in err
     assert written(tmp_path) == ["run.json", "tiny.json"]

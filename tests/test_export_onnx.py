@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from commands import Started, run_script
 from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
 from onnx import numpy_helper
 from sentence_transformers import SentenceTransformer
@@ -88,6 +88,8 @@ def export(tmp_path, monkeypatch, capsys):
         # The samples are not KorSTS: what is measured on them says nothing about a model.
         monkeypatch.setattr(measure_onnx, "SENTENCES", {32: 8, 1: 2})
         monkeypatch.setattr(measure_onnx, "ROUNDS", 1)
+        if not call.first_embeddings:  # each starts a process
+            monkeypatch.setattr(measure_onnx, "first_embedding_seconds", lambda *_: 1.0)
         try:
             with command_line():
                 export_onnx.main()
@@ -98,6 +100,7 @@ def export(tmp_path, monkeypatch, capsys):
         call.out, err = capsys.readouterr()
         return status, [line for line in err.splitlines() if line.startswith("error")]
 
+    call.first_embeddings = False
     return call
 
 
@@ -208,13 +211,17 @@ def test_two_exports_are_the_same_bytes_in_any_process(tmp_path, bert):
     contents = []
     for seed in ("0", "1"):
         output = tmp_path / seed / "tiny.onnx"
-        subprocess.run(
-            [sys.executable, SCRIPT, "--model", bert, "--output", output],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
+        if seed == "0":
+            subprocess.run(
+                [sys.executable, SCRIPT, "--model", bert, "--output", output],
+                env=os.environ | {"PYTHONHASHSEED": seed},
+                cwd=tmp_path,
+                check=True,
+                capture_output=True,
+            )
+        else:  # in this process, which has another one
+            assert os.environ.get("PYTHONHASHSEED") != "0"
+            assert run_script(SCRIPT, "--model", bert, "--output", output).returncode == 0
         contents.append([path.read_bytes() for path in sorted(output.parent.iterdir())])
     assert len(contents[0]) == 3 and contents[0] == contents[1]
 
@@ -281,28 +288,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, bert):
     output = tmp_path / "out/tiny.onnx"
     output.parent.mkdir()
     output.write_bytes(b"old")
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "--model", bert, "--output", output],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ")
+    process = Started(SCRIPT, "--model", bert, "--output", output, largest_file=20_000)
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("error: ")
     assert left_over(output.parent) == ["tiny.onnx"] and output.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(tmp_path, bert, signal_number):
     folder = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--model", bert, "--output", folder / "tiny.onnx"],
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # ignored in the background
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Started(SCRIPT, "--model", bert, "--output", folder / "tiny.onnx")
     deadline = time.monotonic() + 60
     while not left_over(folder) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -378,6 +374,7 @@ def test_full_range_weights_would_saturate():
 
 
 def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
+    export.first_embeddings = True
     results = tmp_path / "results"
     arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--results_dir", results]
     assert export(bert, *arguments, "--max_loss", 100) == (0, [])
@@ -475,18 +472,20 @@ def test_fp16(tmp_path, bert, export):
 # --- README, example -------------------------------------------------------------------------
 
 
-def test_the_table_shows_what_was_measured(tmp_path):
+def test_the_table_shows_what_was_measured(tmp_path, monkeypatch):
     row = {"encoder": "SentenceTransformer fp32", "size_bytes": 1e6, "lost": 0.0,
            "first_embedding_seconds": 4.0, "sentences_per_second_32": 100.0,
            "sentences_per_second_1": 50.0, "cosine_spearman": 0.8,
            "lost_interval": [0.0, 0.0]}  # fmt: skip
     int8 = row | {"encoder": "ONNX int8", "sentences_per_second_32": 450.0, "lost": 0.00123,
                   "cosine_spearman": 0.79877, "lost_interval": [-0.001, 0.003]}  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--model", str(tmp_path)])
     measure_onnx.write_results(tmp_path / "onnx/tiny.json", "tiny", "sha256:0", [row, int8])
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- results:onnx -->\nold\n<!-- /results:onnx -->\nb\n", "utf-8")
     write_parts(readme, {"onnx": onnx_part(tmp_path)})
     text = readme.read_text(encoding="utf-8")
+    assert f"`python export_onnx.py --model {tmp_path.name}`" in text
     assert text.startswith("a\n<!--") and text.endswith("-->\nb\n") and "old" not in text
     expected = "| ONNX int8 | 1.0 | 450 (4.5x) | 50 (1.0x) | 4.00 | 79.88 | 0.12 [-0.10, 0.30] |"
     assert expected in text
@@ -497,13 +496,8 @@ def test_the_table_shows_what_was_measured(tmp_path):
 
 def test_the_example_ranks_as_sentence_transformers_does(tmp_path, bert, export):
     assert export(bert) == (0, [])
-    result = subprocess.run(
-        [sys.executable, EXAMPLE, "--model", tmp_path / "out/tiny.onnx"],
-        cwd="/",
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    result = run_script(EXAMPLE, "--model", tmp_path / "out/tiny.onnx", cwd=Path("/"))
+    assert result.returncode == 0, result.stderr
     sys.path.append(str(EXAMPLE.parent))
     from semantic_search_onnx import CORPUS, QUERIES
 
@@ -520,9 +514,7 @@ def test_the_example_ranks_as_sentence_transformers_does(tmp_path, bert, export)
 def test_the_example_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "damaged.onnx").write_bytes(b"no onnx")
     for name in ("damaged.onnx", "nowhere.onnx"):
-        result = subprocess.run(
-            [sys.executable, EXAMPLE, "--model", tmp_path / name], capture_output=True, text=True
-        )
+        result = run_script(EXAMPLE, "--model", tmp_path / name)
         assert result.returncode == 2 and name in result.stderr
         assert len(result.stderr.splitlines()) == 1
 
@@ -539,8 +531,8 @@ KORSTS = next(
 def real(offline_encoder, tmp_path_factory):
     """The offline encoder as fp32 file; export_onnx.py itself checks it."""
     output = tmp_path_factory.mktemp("real") / "e5-small-ko.onnx"
-    command = [sys.executable, SCRIPT, "--model", offline_encoder, "--output", output]
-    subprocess.run(command, check=True, capture_output=True)
+    done = run_script(SCRIPT, "--model", offline_encoder, "--output", output)
+    assert done.returncode == 0, done.stderr
     return output
 
 

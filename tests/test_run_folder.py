@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import KORNLU, OFFLINE, SAMPLES, command, run, weights
+from commands import KORNLU, OFFLINE, SAMPLES, command, run, start, weights
 from encoders import edit_json
 from filelock import FileLock
 
@@ -28,11 +26,17 @@ def checkpoint_states(folder: Path, name: str) -> set[str]:
 
 
 def check_kills(
-    script: str, model: Path, options: list[object], tmp_path: Path, kills: int, start: float
+    script: str,
+    model: Path,
+    options: list[object],
+    tmp_path: Path,
+    kills: int,
+    seconds: float,
+    own_interpreter: bool,
 ) -> None:
     """Kills a run at random moments; each run that ends in spite of it must give the weights (and
     scores) of an uninterrupted one. Every other kill falls while a checkpoint is being written or
-    just after it, the others up to `start` seconds after the start of the process."""
+    just after it, the others up to `seconds` after the start of the process."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     done = run(script, model, *options, "--run_dir", whole)
     assert done.returncode == 0, done.stderr
@@ -42,11 +46,14 @@ def check_kills(
     finished = False
     while not finished or killed < kills:
         resume = ["--resume"] if (folder / "run.json").exists() else []
-        process = subprocess.Popen(
-            command(script, model, *options, "--run_dir", folder, *resume),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=OFFLINE,
-        )  # fmt: skip
+        line = [*options, "--run_dir", folder, *resume]
+        if own_interpreter:
+            process = subprocess.Popen(
+                command(script, model, *line),
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=OFFLINE,
+            )  # fmt: skip
+        else:
+            process = start(script, model, *line)
         if killed < kills:
             if killed % 2:
                 # The first file of a checkpoint, or its last: then there is one to go on from.
@@ -56,7 +63,7 @@ def check_kills(
                     time.sleep(0.005)
                 time.sleep(generator.uniform(0, 0.5))
             else:
-                time.sleep(generator.uniform(0, start))
+                time.sleep(generator.uniform(0, seconds))
             process.kill()
         _, stderr = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), stderr
@@ -77,7 +84,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(
     encoder: Path, tmp_path: Path
 ) -> None:
     options = ["--max_steps", 24, "--save_steps", 2, "--nli_batch_size", 8, "--no_test"]
-    check_kills("training_multi-task.py", encoder, options, tmp_path, kills=6, start=8)
+    check_kills("training_multi-task.py", encoder, options, tmp_path, 6, 2, own_interpreter=False)
 
 
 @pytest.mark.slow
@@ -86,7 +93,7 @@ def test_killed_twenty_times_the_real_encoder_ends_with_the_same_weights(
     offline_encoder: Path, tmp_path: Path
 ) -> None:
     options = ["--max_steps", 60, "--save_steps", 10, "--data_dir", KORNLU, "--no_test"]
-    check_kills("training_sts.py", offline_encoder, options, tmp_path, kills=20, start=15)
+    check_kills("training_sts.py", offline_encoder, options, tmp_path, 20, 15, own_interpreter=True)
 
 
 def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
@@ -119,12 +126,7 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
 
 def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) -> None:
     options = ["--save_steps", 2, "--run_dir", tmp_path / "run", "--no_test"]
-    process = subprocess.Popen(
-        command("training_sts.py", encoder, "--max_steps", 2000, *options),
-        stderr=subprocess.PIPE, text=True, env=OFFLINE,
-        # Tests that run in the background inherit a SIGINT that is ignored.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = start("training_sts.py", encoder, "--max_steps", 2000, *options)
     while process.poll() is None and not [*tmp_path.glob("run/checkpoints/*/manifest.json")]:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -135,11 +137,6 @@ def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) ->
     again = shlex.split(line.removeprefix("stopped; to go on: "))
     assert again[1:] == [*process.args[1:], "--resume"]
     assert last_checkpoint(tmp_path / "run/checkpoints")
-
-
-def file_size_limit(limit: int) -> None:
-    """A write beyond it fails in the middle of a file, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
@@ -154,14 +151,11 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
     resume: list[str] = []
     # Too little for the optimizer, then for the weights, then for the small files.
     for limit in (max(sizes) - 1000, max(sizes) // 2 - 1000, 2000):
-        done = subprocess.run(
-            command("training_sts.py", encoder, *options, *resume), capture_output=True, text=True,
-            env=OFFLINE,
-            preexec_fn=functools.partial(file_size_limit, limit),
-        )  # fmt: skip
-        assert done.returncode == 1, (limit, done.stderr)
-        assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
-        assert "Traceback" not in done.stderr
+        process = start("training_sts.py", encoder, *options, *resume, largest_file=limit)
+        _, stderr = process.communicate()
+        assert process.returncode == 1, (limit, stderr)
+        assert stderr.splitlines()[-1].startswith("error: "), stderr
+        assert "Traceback" not in stderr
         assert not (folder / "modules.json").exists()
         resume = ["--resume"]
     done = run("training_sts.py", encoder, *options, "--resume")
