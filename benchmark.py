@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import math
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util.quantization import quantize_embeddings
 
 from common import experiment_log, plots, results
@@ -36,10 +38,10 @@ from common.command_line import (
     stored_command,
 )
 from common.data import DATA_DIR, file_record, read_klue_sts, read_korsts
-from common.encoders import default_prompt, device_name, load_encoder, weight_files
+from common.encoders import POOLINGS, default_prompt, device_name, load_encoder, weight_files
 from common.evaluation import bootstrap, correlations, f1, interval
 from common.exported import OnnxEncoder
-from common.scoring import Encoder, encode_pairs
+from common.scoring import Encoder, check_pairs, encode_pairs
 
 MODELS = [
     "jhgan/ko-sroberta-multitask",
@@ -95,6 +97,8 @@ def parse_arguments() -> argparse.Namespace:
         "order, or all pairs with one of their sentences"
     )
     add("--leave_out", choices=("pairs", "sentences"), help=leave_out_help)
+    pooling_help = "of plain encoders, whose folders declare none (default: mean)"
+    add("--pooling", choices=POOLINGS, help=pooling_help)
     add("--trust_remote_code", action="store_true", help="run Python code that a model carries")
     readme_help = (
         "write the generated tables of all Markdown files here (or of FILE) from results/ and "
@@ -158,9 +162,8 @@ def read_data(dataset: str, data_dir: Path) -> tuple[pd.DataFrame, dict]:
         except (OSError, httpx2.HTTPError) as error:
             reason = first_line(error)
             raise UserError(f"no {path}, and klue/klue cannot be downloaded: {reason}") from None
-        table = pd.read_parquet(path)
-        labels = pd.DataFrame(list(table["labels"]))
-        table["score"], table["label"] = labels["real-label"] / 5, labels["binary-label"]
+        table = read_klue_sts(path)
+    check_pairs(table, str(path))
     record = file_record(path, len(table))
     record["distinct_sentences"] = len(set(table["sentence1"]) | set(table["sentence2"]))
     del record["rows_left_out"]
@@ -190,7 +193,11 @@ def load(model: str, args: argparse.Namespace) -> tuple[Encoder, str]:
         encoder = OnnxEncoder(Path(model).expanduser())
         declared = encoder.settings.get("prompt") or ""
     else:
-        encoder = load_encoder(model, trust_remote_code=args.trust_remote_code)
+        encoder = load_encoder(
+            model,
+            pooling=args.pooling,
+            trust_remote_code=args.trust_remote_code,
+        )
         declared = default_prompt(encoder)
         others = {name: text for name, text in encoder.prompts.items() if text}
         if others and not declared and args.prompt is None:
@@ -202,7 +209,7 @@ def describe(model: str, encoder: Encoder) -> dict:
     """Returns what identifies the model: see `model` in the schema above."""
     if isinstance(encoder, OnnxEncoder):
         folder, weights = encoder.path.parent, [encoder.path]
-        parameters, pooling_added = None, False
+        parameters, pooling_added, pooling = None, False, encoder.settings.get("pooling")
         dimension, revision = encoder.dimension, None
     else:
         folder = Path(model).expanduser() if is_local(model) else cached_folder(model)
@@ -210,15 +217,18 @@ def describe(model: str, encoder: Encoder) -> dict:
         weights = weight_files(folder)
         parameters = sum(parameter.numel() for parameter in encoder.parameters())
         pooling_added = not (folder / "modules.json").is_file()
+        pooling = next((m.pooling_mode for m in encoder if isinstance(m, Pooling)), None)
         dimension = encoder.get_embedding_dimension()
+    length = encoder.max_seq_length
     return {
         "revision": revision,
         "weights": {str(path.relative_to(folder)): file_sha256(path) for path in weights},
         "size_bytes": sum(path.stat().st_size for path in weights),
         "parameters": parameters,
         "dimension": dimension,
-        "max_seq_length": encoder.max_seq_length,
+        "max_seq_length": length if math.isfinite(length) else None,  # static embeddings: any
         "pooling_added": pooling_added,
+        "pooling": pooling,
     }
 
 
@@ -292,7 +302,7 @@ def benchmark(
         "embedding_precision": args.embedding_precision,
         "precision": "as exported" if isinstance(encoder, OnnxEncoder) else "float32",
         "device": device_name(encoder.device),
-        "threads": torch.get_num_threads(),
+        "threads": encoder.threads if isinstance(encoder, OnnxEncoder) else torch.get_num_threads(),
         "sentences_per_second": round(len(embeddings) / seconds, 2),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -80,7 +80,7 @@ def main() -> None:
     losses = {"nli": nli_loss, "sts": CosineSimilarityLoss(model)}
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records)
+    run = open_run(args, records, model)
     trainer = recipe_trainer(
         run,
         model,

@@ -95,7 +95,7 @@ def main() -> None:
     loss = LOSSES[args.loss](model)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records)
+    run = open_run(args, records, model)
     trainer = recipe_trainer(
         run,
         model,

@@ -41,15 +41,16 @@ def try_means(
     Returns:
         The model, its name, and the dev scores of all candidates by name.
     """
-    max_seq_length = run.args.max_seq_length
+    args = run.args
+    options = {"max_seq_length": args.max_seq_length, "trust_remote_code": args.trust_remote_code}
     candidates = {f"step {best_step}": best}
-    if (last := run.args.average_checkpoints) > 1:
+    if (last := args.average_checkpoints) > 1:
         folders = checkpoints(run.folder / "checkpoints")[-last:]
-        models = [load_encoder(str(folder), max_seq_length) for folder in folders]
+        models = [load_encoder(str(folder), **options) for folder in folders]
         name = f"mean of steps {', '.join(str(step_of(folder)) for folder in folders)}"
         candidates[name] = mean_weights(models, [1 / len(models)] * len(models))
-    if share := run.args.start_weight:
-        start = load_encoder(run.args.model_name_or_path, max_seq_length)
+    if share := args.start_weight:
+        start = load_encoder(args.model_name_or_path, pooling=args.pooling, **options)
         for name, model in list(candidates.items()):
             mixed = mean_weights([model, start], [1 - share, share])
             candidates[f"{name}, {share:g} of the start"] = mixed

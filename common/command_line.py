@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -32,6 +33,9 @@ def command_line() -> Iterator[None]:
     disk, a folder without write permission), 130 after Ctrl-C.
     """
     threading.excepthook = _end_thread
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the console's encoding does not have
     try:
         yield
     except UserError as error:
@@ -100,6 +104,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def without_folder(value: str) -> str:
+    """Returns the last part of what is a path on this machine, and anything else as it is."""
+    # os.path's: a prompt may be longer than any file's name, which pathlib raises for.
+    is_local = value.startswith((".", "~", os.sep)) or os.path.exists(value)
+    return Path(value).expanduser().resolve().name if is_local else value
+
+
 def stored_command(arguments: Sequence[str] | None = None) -> str:
     """Returns a command line (default: this process's) with paths cut to their last part.
 
@@ -111,7 +122,6 @@ def stored_command(arguments: Sequence[str] | None = None) -> str:
         option, equals, value = (
             argument.rpartition("=") if argument[:2] == "--" else ("", "", argument)
         )
-        looks_local = value.startswith((".", "~", os.sep)) or Path(value).exists()
-        return option + equals + (Path(value).expanduser().resolve().name if looks_local else value)
+        return option + equals + without_folder(value)
 
     return shlex.join(["python", Path(script).name, *map(shorten, rest)])

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.command_line import REPOSITORY, UserError
+from common.command_line import REPOSITORY, UserError, first_line
 
 DATA_DIR = REPOSITORY / "KorNLUDatasets"
 STS_COLUMNS = ("genre", "filename", "year", "id", "score", "sentence1", "sentence2")
@@ -182,19 +182,26 @@ def _klue_sts_problem(item: object) -> str | None:
 
 
 def read_klue_sts(path: str | Path) -> pd.DataFrame:
-    """Reads klue-sts-v1.1_*.json: columns sentence1, sentence2, score in [0, 1], label (0 or 1).
+    """Reads klue-sts-v1.1_*.json, or the Hub's Parquet of it.
 
-    `score` is the real-label / 5 and `label` the binary-label (1 from real-label 3.0 on). Raises
-    `UserError` for anything else; JSON has no lines of its own, so items are counted from 1.
+    Returns columns sentence1, sentence2, score in [0, 1], label (0 or 1): `score` is the
+    real-label / 5 and `label` the binary-label (1 from real-label 3.0 on). Raises `UserError` for
+    anything else; JSON has no lines of its own, so items are counted from 1.
     """
     path = Path(path)
-    text = _decode(_read_bytes(path), path)
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
-        raise UserError(f"{path}: not JSON: {error}") from None
+    if path.suffix == ".parquet":
+        try:
+            items = pd.read_parquet(path).to_dict("records")
+        except (OSError, ValueError) as error:  # pyarrow's, too
+            raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
+    else:
+        text = _decode(_read_bytes(path), path)
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
+            raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: should be a JSON list of KLUE-STS items")
     problems = [

@@ -30,13 +30,23 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import AutoConfig
 
 from common.command_line import UserError, file_sha256, first_line, read_json
 from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
-SAFETENSORS_FILES = ["*.safetensors"]
-BIN_FILES = ["pytorch_model*.bin", "*/pytorch_model.bin"]
+POOLINGS = ("mean", "cls", "max")
+# The names that families have for their dropouts in config.json.
+DROPOUTS = {
+    "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
+    "hidden_dropout": (
+        "hidden_dropout_prob", "dropout", "hidden_dropout", "embedding_dropout", "mlp_dropout",
+        "resid_pdrop", "embd_pdrop",
+    ),
+}  # fmt: skip
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+CHECK_SENTENCES = ["한 남자가 음식을 먹는다.", "가", "A man is eating 파스타 at 7시 30분. " * 40]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "checkpoints/*", "*.onnx"]
 OLD_MODULE_TYPES = {
     "Transformer": "sentence_transformers.models.Transformer",
@@ -44,6 +54,7 @@ OLD_MODULE_TYPES = {
     "Normalize": "sentence_transformers.models.Normalize",
     "Dense": "sentence_transformers.models.Dense",
 }
+OLD_DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function")
 OLD_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -54,8 +65,11 @@ OLD_POOLING_KEYS = {
 }
 
 
-def fetch_model(name_or_path: str) -> Path:
+def fetch_model(name_or_path: str, *, trust_remote_code: bool = False) -> Path:
     """Returns a local folder that holds the model, downloaded from the Hub if it is no folder.
+
+    Of each module the safetensors are fetched, its .bin where it has none, and Python code only
+    where it is trusted.
 
     What comes from the Hub is checked against the hashes that the Hub gives; `HF_HUB_OFFLINE=1`
     uses the cache alone.
@@ -67,9 +81,15 @@ def fetch_model(name_or_path: str) -> Path:
     if path.is_dir():
         return path
     try:
-        folder = _snapshot(name_or_path, CONFIGURATION_FILES + SAFETENSORS_FILES)
-        if not any(folder.rglob("*.safetensors")):
-            folder = _snapshot(name_or_path, CONFIGURATION_FILES + BIN_FILES)
+        wanted = [*CONFIGURATION_FILES, "*.safetensors"] + ["*.py"] * trust_remote_code
+        folder = _snapshot(name_or_path, wanted)
+        bins = [
+            f"{module}pytorch_model*.bin"
+            for module in _module_folders(folder)
+            if not any((folder / module).glob("*.safetensors"))
+        ]
+        if bins:
+            folder = _snapshot(name_or_path, wanted + bins)
     except HFValidationError:
         raise UserError(f"{name_or_path}: no such folder, and not a name on the Hub") from None
     except GatedRepoError:
@@ -92,6 +112,14 @@ def fetch_model(name_or_path: str) -> Path:
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
     return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=OTHER_RUNTIMES))
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """Returns the folders of a model's modules, as prefixes of file names; "" is the top."""
+    if not (folder / "modules.json").is_file():
+        return [""]
+    paths = {module["path"] for module in read_json(folder / "modules.json")}
+    return sorted(f"{path}/" if path else "" for path in paths)
 
 
 def _check_hashes(name: str, folder: Path) -> None:
@@ -123,6 +151,27 @@ def check_finished(folder: Path) -> None:
         raise UserError(f"{folder}: an unfinished training run: go on with --resume")
 
 
+def _check_kind(name: str, folder: Path) -> None:
+    """Raises `UserError` for what is no sentence encoder, or has no weights in its files."""
+    settings, config = (
+        read_json(folder / file) if (folder / file).is_file() else {}
+        for file in ("config_sentence_transformers.json", "config.json")
+    )
+    kind = settings.get("model_type", "SentenceTransformer")
+    is_plain = not (folder / "modules.json").is_file()
+    architecture = (config.get("architectures") or [""])[0]
+    if kind != "SentenceTransformer":
+        raise UserError(f"{name}: a {kind}, not a SentenceTransformer")
+    if is_plain and architecture.endswith("ForSequenceClassification"):
+        raise UserError(f"{name}: a classifier (CrossEncoder), not a sentence encoder")
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path}: a Git-LFS pointer, not the weights: `git lfs pull` fetches them"
+                )
+
+
 def _check_no_code(name: str, folder: Path) -> None:
     config_file, modules_file = folder / "config.json", folder / "modules.json"
     carries_code = config_file.is_file() and "auto_map" in read_json(config_file)
@@ -142,49 +191,62 @@ def load_encoder(
     name_or_path: str,
     max_seq_length: int | None = None,
     *,
+    pooling: str | None = None,
+    dropouts: dict[str, float] | None = None,
     trust_remote_code: bool = False,
     device: str | None = None,
 ) -> SentenceTransformer:
     """Loads a Hub name or folder as a float32 sentence encoder.
 
-    A folder without modules.json is a plain encoder and gets mean pooling over its tokens.
-
     Args:
         name_or_path: Hub name, or folder (a run folder too).
         max_seq_length: tokens a sentence is cut to; None keeps what the model declares.
+        pooling: one of `POOLINGS`, for a plain encoder, whose folder declares none (it has no
+            modules.json); None is the mean over its tokens.
+        dropouts: shares from 0 to below 1 by the names of `DROPOUTS`, for training; what is saved
+            keeps the model's own.
         trust_remote_code: run Python code that the model carries.
         device: None takes the GPU where there is one.
 
     Raises:
         UserError: one line that says why the model cannot be used.
     """
-    folder = fetch_model(name_or_path)
+    folder = fetch_model(name_or_path, trust_remote_code=trust_remote_code)
     check_finished(folder)
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise UserError(f"{name_or_path}: no encoder: neither config.json nor modules.json in it")
     try:
+        _check_kind(name_or_path, folder)
         if not trust_remote_code:
             _check_no_code(name_or_path, folder)
+        own = _own_dropouts(name_or_path, folder, dropouts or {}, trust_remote_code)
+        config_kwargs = {key: dropouts[option] for option in own for key in own[option]}
         model_kwargs = {"dtype": torch.float32}
         if (folder / "modules.json").is_file():
+            if pooling is not None:
+                raise UserError(f"--pooling {pooling}: {name_or_path} declares its own pooling")
             model = SentenceTransformer(
                 str(folder),
                 device=device,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 model_kwargs=model_kwargs,
+                config_kwargs=config_kwargs,
             )
         else:
+            trust = {"trust_remote_code": trust_remote_code}
             transformer = Transformer(
                 str(folder),
                 max_seq_length=max_seq_length,
-                model_kwargs={**model_kwargs, "trust_remote_code": trust_remote_code},
-                config_kwargs={"trust_remote_code": trust_remote_code},
-                processor_kwargs={"trust_remote_code": trust_remote_code},
+                model_kwargs=model_kwargs | trust,
+                config_kwargs=config_kwargs | trust,
+                processor_kwargs=trust,
             )
-            pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+            width = transformer.get_embedding_dimension()
             model = SentenceTransformer(
-                modules=[transformer, pooling], device=device, local_files_only=True
+                modules=[transformer, Pooling(width, pooling_mode=pooling or "mean")],
+                device=device,
+                local_files_only=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded: {first_line(error)}") from None
@@ -194,14 +256,54 @@ def load_encoder(
         raise UserError(
             f"{name_or_path}: its weights are a pickle that holds more than tensors: refused"
         ) from None
-    if max_seq_length is not None:
-        positions = getattr(model[0].model.config, "max_position_embeddings", None)
+    for option in own:
+        for key, value in own[option].items():
+            setattr(model[0].model.config, key, value)
+    if max_seq_length is not None and isinstance(model[0], Transformer):
+        positions = usable_positions(model)
         if positions is not None and max_seq_length > positions:
             raise UserError(
                 f"--max_seq_length {max_seq_length}: {name_or_path} has {positions} positions"
             )
         model.max_seq_length = max_seq_length
     return model
+
+
+def _own_dropouts(
+    name: str, folder: Path, dropouts: dict[str, float], trust_remote_code: bool
+) -> dict[str, dict[str, float]]:
+    """Returns, for each dropout that is to change, the config's own values by their names."""
+    if not dropouts:
+        return {}
+    where = folder / next(iter(_module_folders(folder)))
+    config = AutoConfig.from_pretrained(
+        where if (where / "config.json").is_file() else folder, trust_remote_code=trust_remote_code
+    )
+    own = {}
+    for option in dropouts:
+        own[option] = {
+            key: getattr(config, key) for key in DROPOUTS[option] if hasattr(config, key)
+        }
+        if not own[option]:
+            raise UserError(f"--{option}: {name} ({config.model_type}) has no such dropout")
+    return own
+
+
+def first_position(model: SentenceTransformer) -> int:
+    """Returns the position of a sentence's first token.
+
+    RoBERTa and what is made like it count from behind the padding index, others from 0.
+    """
+    embeddings = getattr(model[0].model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def usable_positions(model: SentenceTransformer) -> int | None:
+    """Returns how many tokens the position table holds; None where there is none."""
+    positions = getattr(model[0].model.config, "max_position_embeddings", None)
+    return None if positions is None else positions - first_position(model)
 
 
 def device_name(device: str | torch.device) -> str:
@@ -221,22 +323,36 @@ def default_prompt(model: SentenceTransformer) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files that hold a model folder's weights, sorted: those of all its modules."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
-    if not files:
-        files = [*folder.glob("pytorch_model*.bin"), *folder.glob("*/pytorch_model*.bin")]
+    files = []
+    for module in _module_folders(folder):
+        place = folder / module
+        files += [*place.glob("*.safetensors")] or [*place.glob("pytorch_model*.bin")]
     return sorted(files)
 
 
-def save_encoder(model: SentenceTransformer, folder: Path) -> None:
+def model_folder(model: SentenceTransformer) -> Path:
+    """Returns the folder that the model was loaded from: a folder, or a snapshot of the cache."""
+    folder = Path(model[0].model.name_or_path)  # of the transformer: in old layouts one below
+    return folder.parent if (folder.parent / "modules.json").is_file() else folder
+
+
+def save_encoder(
+    model: SentenceTransformer, folder: Path, *, trust_remote_code: bool = False
+) -> None:
     """Writes the encoder to a folder in the layout that sentence-transformers 2.7 and later read.
 
-    modules.json gets its name last: before that, no library takes the folder for a whole model.
-    Other files of the folder stay. The model card is the caller's.
+    What was written is loaded and compared before it gets its name, and modules.json gets its name
+    last: before that, no library takes the folder for a whole model. Other files of the folder
+    stay. The model card is the caller's.
+
+    Raises:
+        OSError: the written folder does not give the model's embeddings.
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(str(staging), create_model_card=False)
     _write_old_layout(model, staging)
+    _check_saved(model, staging, trust_remote_code)
     (folder / "modules.json").unlink(missing_ok=True)
     names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     last = [Path("config.json"), Path("modules.json")]
@@ -244,6 +360,18 @@ def save_encoder(model: SentenceTransformer, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, folder / name)
     shutil.rmtree(staging)
+
+
+def _check_saved(model: SentenceTransformer, folder: Path, trust_remote_code: bool) -> None:
+    """Raises `OSError` unless the folder gives the embeddings that the model gives."""
+    saved = load_encoder(str(folder), trust_remote_code=trust_remote_code, device=str(model.device))
+    was_training = model.training
+    expected, found = (
+        encoder.encode(CHECK_SENTENCES, show_progress_bar=False) for encoder in (model, saved)
+    )
+    model.train(was_training)
+    if not np.array_equal(expected, found):
+        raise OSError(None, "what was saved does not give the model's embeddings", str(folder))
 
 
 def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
@@ -263,12 +391,21 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
             old = {key: mode in modes for key, mode in OLD_POOLING_KEYS.items()}
             old["include_prompt"] = config.get("include_prompt", True)
             rewrite(config_name, {"word_embedding_dimension": config["embedding_dimension"], **old})
+        elif kind == "Dense":
+            config_name = f"{module['path']}/config.json"
+            config = read_json(folder / config_name)
+            rewrite(config_name, {key: config[key] for key in OLD_DENSE_KEYS if key in config})
     rewrite("modules.json", modules)
     rewrite(
         "sentence_bert_config.json",
-        {"max_seq_length": model.max_seq_length, "do_lower_case": False},
+        {
+            "max_seq_length": model.max_seq_length,
+            "do_lower_case": getattr(model[0], "do_lower_case", False),
+        },
     )
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.get("tokenizer_class") == "TokenizersBackend":
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        rewrite("tokenizer_config.json", tokenizer_config)
+    if isinstance(tokenizer_config.get("extra_special_tokens"), list):  # 4 wants names for them
+        tokenizer_config["additional_special_tokens"] = tokenizer_config.pop("extra_special_tokens")
+    rewrite("tokenizer_config.json", tokenizer_config)

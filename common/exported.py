@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import torch
 from tokenizers import Encoding, Tokenizer
 
 from common.command_line import UserError, first_line, read_json
@@ -68,7 +69,11 @@ class OnnxEncoder:
             self.settings = read_json(settings)
             self.max_seq_length = self.settings["max_seq_length"]
             self.tokenizer = Tokenizer.from_file(str(tokenizer))
-            self.session = onnxruntime.InferenceSession(path, providers=providers)
+            # As many as torch takes (a container's share, not the machine's cores): said with
+            # every result.
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = self.threads = torch.get_num_threads()
+            self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # the errors of onnxruntime and tokenizers have no other base
             raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from None
         self.device = "cuda" if "CUDA" in self.session.get_providers()[0] else "cpu"

@@ -14,6 +14,7 @@ from huggingface_hub import get_token
 
 from common.command_line import UserError
 from common.data import DATA_DIR
+from common.encoders import POOLINGS
 from common.run_folder import check_folder
 
 
@@ -39,6 +40,16 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         type=Path,
         default=DATA_DIR,
         help="a clone of KorNLUDatasets; the default is beside the scripts",
+    )
+    add(
+        "--pooling",
+        choices=POOLINGS,
+        help="of a plain encoder, whose folder declares none (default: mean)",
+    )
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that the model carries: it can do anything on this machine",
     )
     add = parser.add_argument_group("schedule").add_argument
     add("--num_epochs", type=int, default=num_epochs, help="passes over the data")
@@ -95,7 +106,8 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         "--matryoshka_dims",
         type=_numbers(int),
         metavar="DIM,...",
-        help="strictly decreasing, e.g. 768,512,256,128,64,32; the largest selects the checkpoint",
+        help="strictly decreasing, e.g. 768,512,256,128,64,32; the whole width selects the "
+        "checkpoint",
     )
     add("--matryoshka_weights", type=_numbers(float), metavar="W,...", help="one a dim; default 1")
     add = parser.add_argument_group("run folder").add_argument

@@ -7,6 +7,7 @@ columns go through the encoder in one forward, laid side by side into rows witho
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +18,14 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.encoders import first_position
+
 # Tokens of a row. Longer rows hold less padding but more pairs of tokens that do not see each
 # other: attention costs their square. Of 32, 48, 64, 96 and 128, a step of 8 KorSTS pairs took
 # 0.88, 0.81 to 0.85, 0.93, 0.87 and 0.99 CPU seconds.
 ROW_LENGTH = 48
+# Encoders that take positions and a mask of pairs of tokens: others of that kind go here.
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 def _attention_in_fp32(
@@ -39,14 +44,20 @@ def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> 
     The sentences of a batch are laid into rows of row_length tokens (or the longest sentence's),
     longest first, each where it first fits, with positions that start again and an attention mask
     that is block-diagonal; token embeddings come back in the batch's own layout. Losses and
-    gradients are the same up to rounding (and the draws of dropout). For BERT and RoBERTa; other
+    gradients are the same up to rounding (and the draws of dropout). For `FAMILIES`; other
     encoders, GPUs and evaluation keep their padded forwards.
     """
     encoder = model[0].model
-    # RoBERTa counts positions from behind its padding index.
-    offset = {"bert": 0, "roberta": encoder.config.pad_token_id + 1}.get(encoder.config.model_type)
-    if offset is None or encoder.device.type != "cpu":
+    if encoder.device.type != "cpu":
         return
+    family = encoder.config.model_type
+    if family not in FAMILIES or getattr(encoder.config, "is_decoder", False):
+        print(
+            f"note: {family} trains with padding: only {', '.join(FAMILIES)} train without",
+            file=sys.stderr,
+        )
+        return
+    offset = first_position(model)
     # By name and for the whole process: transformers looks "sdpa" up at each call. Other float32
     # models get what they got (float() changes nothing there); one kept in half precision would
     # get float32 back, and the scripts load none.

@@ -16,8 +16,8 @@ and where it was measured
     data            file, blob_id (git's), published (is it the published file), rows,
                     distinct_sentences
     model           revision (the Hub's commit, or null), weights {file: sha256}, size_bytes,
-                    parameters (null for ONNX), dimension, max_seq_length, pooling_added (true: a
-                    plain encoder, here given mean pooling)
+                    parameters (null for ONNX), dimension, max_seq_length, pooling, pooling_added
+                    (true: a plain encoder, here given that pooling)
     prompt, embedding_precision, precision (of the computation), device, threads
     sentences_per_second    distinct sentences, tokenising included, loading left out
     versions, date (UTC), command (paths cut to their last part)
@@ -44,7 +44,8 @@ KOREAN = {
     "Dot": "내적",
     "95% interval": "95% 구간",
     "Sentences/s": "문장/초",
-    "mean pooling added": "mean pooling 추가",
+    "pooling added": "pooling 추가",
+    "Machine, threads": "기계, 스레드",
     "prompt": "프롬프트",
     "embeddings": "임베딩",
 }
@@ -91,7 +92,9 @@ def label(result: dict, korean: bool = False) -> str:
     """Returns the row's name, linked, with what sets it apart from the model as it comes."""
     remarks = []
     if result["source"] == "measured":
-        remarks += [_word("mean pooling added", korean)] * result["model"]["pooling_added"]
+        if result["model"]["pooling_added"]:
+            pooling = result["model"].get("pooling", "mean")
+            remarks += [f"{pooling} {_word('pooling added', korean)}"]
         prompt, precision = result["prompt"], result["embedding_precision"]
         remarks += [f"{_word('prompt', korean)} `{prompt}`"] * bool(prompt)
         remarks += [f"{precision} {_word('embeddings', korean)}"] * (precision != "float32")
@@ -136,6 +139,9 @@ def score_table(results: list[dict], korean: bool = False) -> str:
         speeds = [f"{row['sentences_per_second']:.0f}" for row in results]
         columns[_word("Sentences/s", korean)] = speeds
         columns["MB"] = [f"{row['model']['size_bytes'] / 1e6:.0f}" for row in results]
+        machines = [f"{row['device']}, {row['threads']}" for row in results]
+        if len(set(machines)) > 1:  # speeds of one do not compare with those of another
+            columns[_word("Machine, threads", korean)] = machines
     return markdown_table(results, columns, korean)
 
 

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
 import re
 import shutil
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from common.command_line import (
     REPOSITORY,
@@ -37,17 +37,19 @@ from common.command_line import (
     first_line,
     read_json,
     stored_command,
+    without_folder,
     write_json,
     write_text,
 )
-from common.data import DATA_DIR
-from common.encoders import device_name, save_encoder, weight_files
+from common.encoders import device_name, model_folder, save_encoder, weight_files
 from common.evaluation import SCORE_KEYS, SIMILARITIES, spearman_line
 from common.scoring import PairsEvaluator
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "datasets", "accelerate", "numpy")
-# Options that may differ between a run and its --resume: they change nothing about the training.
-FREE_ON_RESUME = ("resume", "run_dir", "output_dir", "push_to_hub", "no_test", "save_steps")
+# Options that may differ between a run and its --resume: they change nothing about the training,
+# or say where something is whose content is compared.
+FREE_ON_RESUME = ("resume", "run_dir", "output_dir", "push_to_hub", "no_test", "trust_remote_code")
+FREE_ON_RESUME += ("data_dir", "train_files", "model_name_or_path")
 MANIFEST = "manifest.json"
 
 Scores = dict[str, float]
@@ -122,21 +124,27 @@ def check_folder(args: argparse.Namespace) -> None:
     run = read_json(args.run_dir / "run.json")
     if run["finished"]:
         raise UserError(f"{args.run_dir}: this run finished at {run['finished']}")
+    # What is saved is what is averaged.
+    free = FREE_ON_RESUME if args.average_checkpoints > 1 else (*FREE_ON_RESUME, "save_steps")
     for name, value in _options(args).items():
         before = run["options"].get(name)
-        if name not in FREE_ON_RESUME and before != value:
+        if name not in free and before != value:
             raise UserError(f"--resume: --{name} is {value} now and was {before}: not that run")
 
 
-def open_run(args: argparse.Namespace, data: list[dict[str, Any]]) -> Run:
+def open_run(
+    args: argparse.Namespace, data: list[dict[str, Any]], model: SentenceTransformer
+) -> Run:
     """Makes the run folder and its run.json, or finds those of --resume, and locks the folder.
 
     Args:
         args: the command line.
         data: what `data.file_record` says of each file.
+        model: what training starts from.
 
     Raises:
-        UserError: another run is at work there, or a checkpoint is damaged.
+        UserError: another run is at work there, it began with other data or another model, or a
+            checkpoint is damaged.
     """
     folder = args.run_dir
     if folder is None:
@@ -153,21 +161,57 @@ def open_run(args: argparse.Namespace, data: list[dict[str, Any]]) -> Run:
             lock.acquire()
         except Timeout:
             raise UserError(f"{folder}: another run is at work in this folder") from None
+        begun = {"data": data, "start_model": start_model(args.model_name_or_path, model)}
+        begun["processes"] = PartialState().num_processes
         if args.resume:
+            _check_same_contents(folder, begun)
             checkpoint = last_checkpoint(folder / "checkpoints")
         else:
-            _begin(folder, args, data)
+            _begin(folder, args, begun)
     (checkpoint,) = broadcast_object_list([checkpoint])
     return Run(folder, args, checkpoint, is_main, lock)
 
 
-def _begin(folder: Path, args: argparse.Namespace, data: list[dict[str, Any]]) -> None:
+def start_model(name_or_path: str, model: SentenceTransformer) -> dict[str, Any]:
+    """Returns what identifies the model that training starts from: name, and hash of each file."""
+    return {
+        "name": without_folder(name_or_path),
+        "weights": weight_hashes(model_folder(model)),
+    }
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of a model folder's weights, by its path in the folder."""
+    files = weight_files(folder)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _check_same_contents(folder: Path, now: dict[str, Any]) -> None:
+    """Raises `UserError` where data or start model are not those that the run began with."""
+    run = read_json(folder / "run.json")
+    before, found = ({r["file"]: r["blob_id"] for r in side["data"]} for side in (run, now))
+    for file in [*found, *before]:
+        # Without the test set, and with it again, a run is the same one.
+        if file in found and file in before and before[file] != found[file]:
+            raise UserError(f"--resume: {file}: another content than the run in {folder} has")
+    if run["start_model"]["weights"] != now["start_model"]["weights"]:
+        name = now["start_model"]["name"]
+        raise UserError(f"--resume: {name}: other weights than the run in {folder} began with")
+    if run["processes"] != now["processes"]:
+        print(
+            f"note: {now['processes']} processes now, {run['processes']} before: the order of "
+            "dropout's draws is another one",
+            file=sys.stderr,
+        )
+
+
+def _begin(folder: Path, args: argparse.Namespace, begun: dict[str, Any]) -> None:
     write_json(
         folder / "run.json",
         {
             "command": stored_command(),
             "options": _options(args),
-            "data": data,
+            **begun,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
             | {"python": platform.python_version()},
             "git_commit": _git_commit(),
@@ -180,11 +224,15 @@ def _begin(folder: Path, args: argparse.Namespace, data: list[dict[str, Any]]) -
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options = json.loads(json.dumps(vars(args), default=str))
-    # The default data folder is beside the scripts on every machine.
-    if args.data_dir == DATA_DIR:
-        options["data_dir"] = DATA_DIR.name
-    return options
+    """Returns the options as they are stored: without folders, which are this machine's alone."""
+
+    def stored(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [stored(name, part) for part in value]
+        is_place = isinstance(value, Path) or name == "model_name_or_path"
+        return without_folder(str(value)) if is_place else value
+
+    return {name: stored(name, value) for name, value in vars(args).items()}
 
 
 def _now() -> str:
@@ -281,12 +329,10 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
             print(f"cosine_spearman at {dim}: {100 * test_scores[f'cosine_spearman@{dim}']:.2f}")
     write_json(run.folder / "scores.json", scores)
     plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
-    write_text(run.folder / "README.md", model_card(run, scores))
-    save_encoder(result.model, run.folder)
-    hashes = {
-        str(path.relative_to(run.folder)): file_sha256(path) for path in weight_files(run.folder)
-    }
-    content = read_json(run.folder / "run.json") | result.figures | {"weights": hashes}
+    write_text(run.folder / "README.md", model_card(run, result.model, scores))
+    save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
+    content = read_json(run.folder / "run.json") | result.figures
+    content["weights"] = weight_hashes(run.folder)
     total = time.time() - psutil.Process().create_time()  # of this process, imports included
     write_json(
         run.folder / "run.json",
@@ -315,10 +361,11 @@ def plot_scores(path: Path, dev_file: str, evaluations: list[tuple[int, Scores]]
     plt.close(figure)
 
 
-def model_card(run: Run, scores: dict[str, Any]) -> str:
+def model_card(run: Run, model: SentenceTransformer, scores: dict[str, Any]) -> str:
     """Returns the run folder's README.md: a model card with the test scores as metadata."""
     test, test_file = scores.get("test", {}), scores.get("test_file", "")
     base = run.args.model_name_or_path
+    pooling = " and ".join(m.pooling_mode for m in model if isinstance(m, Pooling)) or "no"
     card_data = ModelCardData(
         language="ko",
         license="cc-by-sa-4.0",  # KorNLUDatasets and the klue models ask for it
@@ -346,7 +393,7 @@ def model_card(run: Run, scores: dict[str, Any]) -> str:
 
 # {run.folder.name}
 
-A Korean sentence encoder: mean pooling, {run.args.max_seq_length} tokens, trained from
+A Korean sentence encoder: {pooling} pooling, {run.args.max_seq_length} tokens, trained from
 `{Path(base).name if Path(base).exists() else base}` with `{Path(sys.argv[0]).name}` of
 ko-sentence-transformers (seed {run.args.seed}). Options, data and versions: `run.json`; all scores:
 `scores.json`. The training data, KorNLUDatasets, is CC BY-SA 4.0.

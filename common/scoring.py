@@ -12,10 +12,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 
+from common.command_line import UserError
 from common.evaluation import correlations
 from common.exported import OnnxEncoder
 
 Encoder = SentenceTransformer | OnnxEncoder
+FEWEST_PAIRS = 10  # of fewer, a correlation says nothing, and may not exist
 # Sentences are sorted by their number of tokens and encoded so many tokens at a time: hardly any
 # padding, and on a CPU the fastest of 256 to 2,048.
 BATCH_TOKENS = 16_384 if torch.cuda.is_available() else 1_024
@@ -66,21 +68,35 @@ def encode_pairs(
     return encode_distinct(encoder, sentences, prompt, progress), pairs
 
 
+def check_pairs(pairs: pd.DataFrame, file: str) -> None:
+    """Raises `UserError` for pairs that no correlation can be taken of."""
+    scores = pairs["score"].nunique()
+    if len(pairs) < FEWEST_PAIRS or scores < 2:
+        raise UserError(
+            f"{file}: {len(pairs)} pairs with {scores} different scores: a correlation wants "
+            f"{FEWEST_PAIRS} pairs and two scores at least"
+        )
+
+
 class PairsEvaluator(BaseEvaluator):
     """Scores a model on sentence pairs: the eight correlations, at each Matryoshka dim.
 
-    Keys are those of `evaluation.SCORE_KEYS` for the largest dim, and with `@dim` behind them for
-    the others. Each distinct sentence is encoded once, for all dims.
+    Keys are those of `evaluation.SCORE_KEYS` for the model's whole width, and with `@dim` behind
+    them for smaller dims. Each distinct sentence is encoded once, for all dims.
 
     Args:
         pairs: sentence1, sentence2, score.
         file: name of the file that they come from: it stands beside every score.
-        dims: Matryoshka dims, the largest first; None for the whole width.
+        dims: Matryoshka dims, the largest first.
+
+    Raises:
+        UserError: pairs that no correlation can be taken of.
     """
 
     def __init__(self, pairs: pd.DataFrame, file: str, dims: Sequence[int] | None = None) -> None:
         super().__init__()
         self.pairs, self.file, self.dims = pairs, file, list(dims or [])
+        check_pairs(pairs, file)
         self.greater_is_better, self.primary_metric = True, "cosine_spearman"
         self.cpu_seconds = self.wall_seconds = 0.0  # of all evaluations so far
 
@@ -97,18 +113,13 @@ class PairsEvaluator(BaseEvaluator):
         """Returns the scores in [-1, 1]; raises FloatingPointError for NaN embeddings."""
         wall, cpu = time.perf_counter(), time.process_time()
         sentences, pairs = distinct_sentences(self.pairs)
-        mixed_precision_forward = model.__dict__.pop("forward", None)  # accelerate's, see below
-        try:
-            embeddings = model.encode(sentences, batch_size=32, show_progress_bar=False)
-        finally:
-            # While training with bf16 or fp16. Scores are those of the saved weights, in fp32.
-            if mixed_precision_forward:
-                model.forward = mixed_precision_forward
+        embeddings = model.encode(sentences, batch_size=32, show_progress_bar=False)
         first, second = embeddings[pairs]
         scores = {}
         try:
-            for dim in self.dims or [embeddings.shape[1]]:
-                suffix = "" if dim == max(self.dims, default=dim) else f"@{dim}"
+            width = embeddings.shape[1]
+            for dim in dict.fromkeys([width, *self.dims]):
+                suffix = "" if dim == width else f"@{dim}"
                 result = correlations(first[:, :dim], second[:, :dim], self.pairs["score"])
                 scores |= {key + suffix: value for key, value in result.items()}
         except ValueError as error:

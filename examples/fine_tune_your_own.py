@@ -9,15 +9,21 @@ Prints dev cosine Spearman x100 before and after, and saves the last weights (no
 import argparse
 import csv
 import os
+import sys
+from pathlib import Path
 
 import pandas as pd
+import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer as Encoder
 from sentence_transformers import SentenceTransformerTrainer as Trainer
 from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="replace")  # what the console's encoding does not have
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("pairs", help="CSV in UTF-8; other columns are left alone")
 parser.add_argument("--output", required=True, help="new folder")
@@ -44,14 +50,22 @@ try:
     shared = pairs[columns[:2]].isin({*dev["sentence1"], *dev["sentence2"]}).any(axis=1)
     if len(train := pairs[~shared]) < 32 or dev["score"].nunique() < 2:
         raise ValueError(f"too few pairs: {len(train)} for training, {len(dev)} for dev")
-    model = Encoder(place := args.model)
+    # float32: weights kept in half precision would train, and be rounded, in it.
+    model = Encoder(place := args.model, model_kwargs={"dtype": torch.float32})
     os.makedirs(place := args.output)  # refused where there is something already
-except (OSError, ValueError, csv.Error) as error:
-    parser.exit(2, f"error: {place}: {' '.join(str(error).split())}\n")
-evaluate = EmbeddingSimilarityEvaluator(*(dev[name].tolist() for name in columns))
+except (OSError, ValueError, csv.Error, SafetensorError) as error:
+    why = " ".join(str(error).split())
+    for path in Path(args.model).rglob("*.safetensors") if place is args.model else ():
+        if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
+            why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
+    parser.exit(2, f"error: {place}: {why}\n")
+dev_columns = [dev[name].tolist() for name in columns]
+evaluate = EmbeddingSimilarityEvaluator(*dev_columns, similarity_fn_names=["cosine"])
 print(f"{len(train)} training pairs, {len(dev)} dev pairs")
 print(f"before: {100 * evaluate(model)['spearman_cosine']:.2f}", flush=True)
 options = Arguments(args.output, save_strategy="no", report_to="none")
+# What the model puts before every sentence, in training too.
+options.prompts = model.prompts.get(model.default_prompt_name) or None
 options.num_train_epochs, options.per_device_train_batch_size = args.num_epochs, 32
 data = Dataset.from_pandas(train, preserve_index=False)
 Trainer(model, options, data, loss=CoSENTLoss(model)).train()

@@ -34,6 +34,8 @@ QUERIES = [
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
@@ -45,11 +47,20 @@ def main() -> None:
     try:
         model = SentenceTransformer(args.model)
     except (OSError, ValueError, SafetensorError) as error:
-        where = "" if Path(args.model).is_dir() else "no such folder, and not from the Hub: "
-        print(f"error: {args.model}: {where}{str(error).splitlines()[0]}", file=sys.stderr)
+        why = str(error).splitlines()[0]
+        if not Path(args.model).is_dir():
+            why = f"no such folder, and not from the Hub: {why}"
+        for path in Path(args.model).rglob("*.safetensors"):
+            if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
+                why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
+        print(f"error: {args.model}: {why}", file=sys.stderr)
         sys.exit(2)
 
-    found = util.semantic_search(model.encode(QUERIES), model.encode(CORPUS), top_k=5)
+    # Where a model declares no prompt for queries or documents sentence-transformers adds an empty
+    # one, which would be taken before the model's default prompt.
+    model.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}
+    queries, corpus = model.encode_query(QUERIES), model.encode_document(CORPUS)
+    found = util.semantic_search(queries, corpus, top_k=5)
     for query, hits in zip(QUERIES, found, strict=True):
         print(query)
         for hit in hits:

@@ -8,6 +8,7 @@ else of its repository, so that it can be copied as a start: `load` and `embed` 
 """
 
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -44,7 +45,12 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, Tokenizer]:
     except KeyError:
         raise ValueError(f"{path}: carries no tokenizer: not a file of export_onnx.py") from None
     except Exception as error:  # onnxruntime's errors have no other base
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        if os.path.isfile(path) and os.path.getsize(path) < 200:
+            with open(path, "rb") as file:
+                if b"git-lfs" in file.read():
+                    why = "a Git-LFS pointer, not the model: run git lfs pull"
+        raise ValueError(f"{path}: {why}") from None
     return session, Tokenizer.from_str(tokenizer)
 
 
@@ -66,6 +72,8 @@ def embed(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FILE.onnx")
     parser.add_argument("--top_k", type=int, default=5, help="sentences for each query")

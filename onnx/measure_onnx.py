@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from common.command_line import stored_command, write_json
-from common.encoders import default_prompt, weight_files
+from common.encoders import default_prompt, model_folder, weight_files
 from common.evaluation import bootstrap, correlations, interval
 from common.exported import embed
 
@@ -94,7 +94,7 @@ def measure(
             session, tokenizer, [prompt + sentence for sentence in sentences], batch_size
         )
 
-    folder = Path(model[0].model.name_or_path)
+    folder = model_folder(model)
     rows = [
         {
             "encoder": "SentenceTransformer fp32",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+# Before torch is loaded. Two workers share two cores, and threads cost small encoders more than
+# they give. No test asks the Hub; those of its stand-in say so themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 from encoders import write_plain_encoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,9 +32,13 @@ def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = REPOSITORY / "models/e5-small-ko"
     if built.is_dir():
         return built
-    folder = tmp_path_factory.mktemp("models") / "e5-small-ko"
-    script = [sys.executable, str(REPOSITORY / "offline_encoder.py"), "--output", str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
+    folder = tmp_path_factory.getbasetemp().parent / "models/e5-small-ko"  # of all workers
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return folder
+        script = [sys.executable, str(REPOSITORY / "offline_encoder.py"), "--output", str(folder)]
+        done = subprocess.run(script, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
     return folder

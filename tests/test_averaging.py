@@ -31,6 +31,8 @@ def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Pat
         start_weight=0.25,
         max_seq_length=None,
         model_name_or_path=str(tmp_path / "start"),
+        pooling=None,
+        trust_remote_code=False,
     )
     run = Run(tmp_path, args, checkpoint=None, is_main=True)
     seen = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +21,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from encoders import SAMPLES, edit_json, write_plain_encoder
+from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
@@ -176,6 +178,40 @@ def test_json_lines_become_columns_and_int8_has_one_scale(tiny: Path, tmp_path: 
     second = read_parts(tmp_path / "out", "second")
     assert second.schema.equals(found.schema)
     assert second["embedding"].to_pylist() == found["embedding"].to_pylist()[:1]
+
+
+def write_prompted(source: Path, folder: Path, prompts: dict, default: str | None = None) -> None:
+    model = SentenceTransformer(str(source), prompts=prompts, default_prompt_name=default)
+    model.save_pretrained(str(folder), create_model_card=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "expected"),
+    [
+        ({"query": "질문 ", "document": "문서 "}, None, "문서 "),
+        ({"query": "질문 ", "passage": "글 "}, None, "글 "),
+        ({"sts": "비슷한 글 ", "document": "문서 "}, "sts", "문서 "),
+        ({"sts": "비슷한 글 "}, "sts", "비슷한 글 "),
+        ({"query": "질문 "}, None, ""),
+    ],
+)
+def test_texts_get_the_prompt_of_documents_or_the_default_one(
+    prompts: dict[str, str], default: str | None, expected: str, tiny: Path, tmp_path: Path
+) -> None:
+    texts = sentences()[:40]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+    write_prompted(tiny, tmp_path / "model", prompts, default)
+    args = Namespace(files=[tmp_path / "corpus.parquet"], text_column="text", rows_per_part=40,
+                     model=str(tmp_path / "model"), output=tmp_path, batch_size=32, dim=None,
+                     normalize=False, embedding_precision="float32")  # fmt: skip
+    model = encode_corpus.load_model(args)
+    probe = model.encode_document(encode_corpus.PROBE).tolist()
+    manifest = {"dimension": 32, "ranges": None, "probe": probe, "model": "model"}
+    corpus = encode_corpus.Corpus(args)
+    encoder = encode_corpus.Encoder(args, corpus, manifest, torch.get_num_threads())
+    assert encoder(corpus.parts[0])["texts"] == 40
+    plain = SentenceTransformer(str(tiny)).encode([expected + text for text in texts])
+    np.testing.assert_allclose(embeddings(read_parts(tmp_path).to_pandas()), plain, atol=1e-5)
 
 
 # --- Stopped and begun again -----------------------------------------------------------------
@@ -390,12 +426,44 @@ def test_an_output_that_is_no_place_for_it_stays_as_it_is(script: Run, tiny: Pat
     assert (status, "Not a directory" in line) == (1, True)
     assert Path("mine/notes.txt").read_text() == "mine"
     script.begin(*same, "out")
-    folder = os.open("out", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    says = "error: out: another run is writing there"
-    assert script.refuse(*same, "out") == (2, says)
-    os.close(folder)
+    with FileLock("out/.lock"):
+        says = "error: out: another run is writing there"
+        assert script.refuse(*same, "out") == (2, says)
+    assert Path("out/.lock").exists()  # as a killed run leaves it
     script.begin(*same, "out")
+    assert [path.name for path in Path("out").iterdir()] == ["_manifest.json"]
+
+
+def test_another_prompt_is_another_model(script: Run, tiny: Path) -> None:
+    Path("corpus.jsonl").write_text(GOOD, encoding="utf-8")
+    same = ["corpus.jsonl", "--output", "out", "--model", "model"]
+    write_prompted(tiny, Path("model"), {"document": "문서 "})
+    script.begin(*same)
+    write_prompted(tiny, Path("model"), {"document": "글 "})
+    says = "error: out: begun with another model, model: give another --output"
+    assert script.refuse(*same) == (2, says)
+
+
+def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(script: Run, tiny: Path) -> None:
+    Path("corpus.jsonl").write_text(GOOD, encoding="utf-8")
+    shutil.copytree(tiny, "model")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n"
+    Path("model/model.safetensors").write_text(pointer)
+    status, line = script.refuse("corpus.jsonl", "--output", "out", "--model", "model")
+    assert status == 2
+    assert line.startswith("error: model: model.safetensors is a Git-LFS pointer")
+    assert not Path("out").exists()
+
+
+def test_a_name_that_the_console_cannot_show_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "여우🦊.jsonl").write_text(GOOD, encoding="utf-8")
+    line = command("여우🦊.jsonl", "--output", "out", "--model", "models/nowhere")
+    environment = OFFLINE | {"LC_ALL": "C", "PYTHONIOENCODING": "cp949"}
+    done = subprocess.run(line, capture_output=True, env=environment, cwd=tmp_path)
+    printed = done.stdout.decode("cp949")
+    assert printed == f"여우?.jsonl: 1 rows, 0 of them without a text{os.linesep}"
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.decode("cp949").startswith("error: models/nowhere: no such folder")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from commands import run_script
 from encoders import SAMPLES, write_plain_encoder
 from hub import Hub
 from sentence_transformers import SentenceTransformer
@@ -26,6 +29,8 @@ import semantic_search_onnx  # noqa: E402
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 HEADER = "sentence1,sentence2,score\n"
+# What git leaves of a large file where Git-LFS is not installed.
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     name: str, *options: object, env: dict[str, str] = OFFLINE, cwd: Path | None = None
 ) -> subprocess.CompletedProcess:
+    if env is OFFLINE:
+        return run_script(EXAMPLES / name, *options, cwd=cwd)
     line = [sys.executable, str(EXAMPLES / name), *map(str, options)]
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=cwd)
 
@@ -96,6 +103,7 @@ def test_the_command_of_the_docstring_takes_the_published_model(tiny: Path, tmp_
         ("models/nowhere", "no such folder, and not from the Hub: "),
         ("empty", "Unrecognized model"),
         ("cut", "deserializing header"),
+        ("pointer", "model.safetensors is a Git-LFS pointer"),
     ],
 )
 def test_the_search_says_what_is_wrong_with_a_model(
@@ -104,10 +112,70 @@ def test_the_search_says_what_is_wrong_with_a_model(
     (tmp_path / "empty").mkdir()
     weights = shutil.copytree(tiny, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copytree(tiny, tmp_path / "pointer")
+    (tmp_path / "pointer/model.safetensors").write_text(POINTER)
     done = run("semantic_search.py", "--model", model, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {model}: ") and says in line
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "of_queries", "of_corpus"),
+    [
+        ({"query": "질문 ", "document": "문서 "}, None, "질문 ", "문서 "),
+        ({"query": "질문 ", "passage": "글 "}, None, "질문 ", "글 "),
+        ({"sts": "비슷한 글 "}, "sts", "비슷한 글 ", "비슷한 글 "),
+        ({"query": "질문 ", "sts": "비슷한 글 "}, "sts", "질문 ", "비슷한 글 "),
+        ({"query": "질문 "}, None, "질문 ", ""),
+    ],
+)
+def test_queries_and_corpus_get_the_prompts_of_the_model(
+    prompts: dict[str, str],
+    default: str | None,
+    of_queries: str,
+    of_corpus: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    plain = SentenceTransformer(str(tiny))
+    model = SentenceTransformer(str(tiny), prompts=prompts, default_prompt_name=default)
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    monkeypatch.setattr(sys, "argv", ["semantic_search.py", "--model", str(tmp_path / "model")])
+    capsys.readouterr()
+    semantic_search.main()
+    queries = [of_queries + query for query in semantic_search.QUERIES]
+    corpus = [of_corpus + sentence for sentence in semantic_search.CORPUS]
+    expected = np.sort(plain.similarity(plain.encode(queries), plain.encode(corpus)).numpy())
+    for (_, hits), scores in zip(ranking(capsys.readouterr().out), expected, strict=True):
+        assert [score for _, score in hits] == pytest.approx(scores[::-1][:5], abs=1e-4)
+
+
+@pytest.mark.parametrize("example", [semantic_search, semantic_search_onnx])
+def test_a_console_without_korean_gets_its_scores(
+    example: object, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "argv", ["example", "--model", str(tiny)])
+    # No .onnx file is needed to print what was found in it.
+    monkeypatch.setattr(semantic_search_onnx, "load", lambda path: (None, None))
+    monkeypatch.setattr(semantic_search_onnx, "embed", lambda *given: np.eye(9)[: len(given[2])])
+    example.main()
+    console.flush()
+    printed = console.buffer.getvalue().decode("ascii")
+    assert len(re.findall(r"\d\.\d{4}", printed)) == 15
+    assert "? ??? ???? ???." in printed
+
+
+def test_a_pointer_in_place_of_an_onnx_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text(POINTER)
+    done = run("semantic_search_onnx.py", "--model", "model.onnx", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model.onnx: a Git-LFS pointer")
+    assert len(done.stderr.splitlines()) == 1
 
 
 # --- fine_tune_your_own.py -------------------------------------------------------------------
@@ -200,3 +268,17 @@ def test_a_model_that_is_not_there_ends_training_before_it_begins(tmp_path: Path
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nowhere/a/model: ")
     assert os.listdir(tmp_path) == ["pairs.csv"]
+
+
+def test_a_pointer_in_place_of_the_weights_ends_training_before_it_begins(
+    tiny: Path, tmp_path: Path
+) -> None:
+    sample_pairs().to_csv(tmp_path / "pairs.csv", index=False)
+    shutil.copytree(tiny, tmp_path / "pointer")
+    (tmp_path / "pointer/model.safetensors").write_text(POINTER)
+    options = ["pairs.csv", "--output", "model", "--model", "pointer"]
+    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: pointer: model.safetensors is a Git-LFS pointer")
+    assert not (tmp_path / "model").exists()

@@ -33,6 +33,7 @@ from transformers import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY / "onnx"))
 
+import check_onnx  # noqa: E402
 import export_onnx  # noqa: E402
 import measure_onnx  # noqa: E402
 import quantize_onnx  # noqa: E402
@@ -540,7 +541,7 @@ def test_the_real_encoder(offline_encoder, real):
     model = load_encoder(str(offline_encoder), device="cpu")
     session = onnxruntime.InferenceSession(real)
     tokenizer = Tokenizer.from_file(str(real.with_suffix(".tokenizer.json")))
-    sentences = [*export_onnx.CHECK_SENTENCES[:-1], *SENTENCES]
+    sentences = [*check_onnx.CHECK_SENTENCES[:-1], *SENTENCES]
     found = embed(session, tokenizer, sentences)
     np.testing.assert_allclose(found, model.encode(sentences), rtol=0, atol=1e-5)
     ids = np.random.default_rng(0).integers(4, 20_000, size=(3, 20))

@@ -136,6 +136,7 @@ def test_a_bad_file_stops_before_anything_is_left(encoder: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")
 def test_a_real_run_on_korsts_rises(offline_encoder: Path, tmp_path: Path) -> None:
     done = run("training_sts.py", offline_encoder, "--data_dir", KORNLU, "--max_steps", 30,

@@ -65,7 +65,8 @@ def test_a_docstring_expects_what_was_published(script: str) -> None:
 def test_a_page_speaks_korean_and_the_terminal_english() -> None:
     row = read_json(REPOSITORY / "results" / "e5-small-ko-v2.json")
     row["model"]["pooling_added"], row["embedding_precision"] = True, "int8"
-    page, terminal = results.tables([row])["all"], results.score_table([row])
+    rows = [row, row | {"device": "another processor"}]
+    page, terminal = results.tables(rows)["all"], results.score_table(rows)
     for english, korean in results.KOREAN.items():
         assert english in terminal and english not in page.replace("e5-small-ko-v2", "")
         assert korean in page and korean not in terminal

@@ -70,7 +70,8 @@ def test_v2_trains_nli_first_and_sts_from_it(tmp_path: Path) -> None:
     assert run_folder.name.startswith("ko-sroberta-v2-")
     nli, sts = (json.loads((run_folder / n / "run.json").read_text()) for n in ("nli", "sts"))
     assert nli["finished"] and sts["finished"]
-    assert sts["options"]["model_name_or_path"] == str(Path("output") / run_folder.name / "nli")
+    assert sts["options"]["model_name_or_path"] == "nli"  # no folder is stored
+    assert sts["start_model"] == {"name": "nli", "weights": nli["weights"]}
     assert sts["options"]["loss"] == "pearson"
     assert "test" not in json.loads((run_folder / "nli/scores.json").read_text())
     assert "test" in json.loads((run_folder / "sts/scores.json").read_text())

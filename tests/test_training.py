@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from common.data import read_korsts
 from common.encoders import load_encoder
+from common.options import recipe_parser
 from common.run_folder import last_checkpoint
 from common.scoring import PairsEvaluator
 from common.training import AdamWPerTask, load_model
@@ -106,10 +106,9 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
 
 @pytest.mark.parametrize("option", ["attention_dropout", "hidden_dropout"])
 def test_a_dropout_option_reaches_its_layers_alone(option: str, encoder: Path) -> None:
-    args = argparse.Namespace(
-        seed=777, model_name_or_path=str(encoder), max_seq_length=48, matryoshka_dims=None,
-        prompt=None, attention_dropout=None, hidden_dropout=None,
-    )  # fmt: skip
+    args = recipe_parser("", "x_", 1).parse_args(
+        ["--model_name_or_path", str(encoder), "--max_seq_length", "48"]
+    )
     before = load_model(args)
     vars(args)[option] = 0.25
     after = load_model(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from encoders import SAMPLES, write_plain_encoder
+from sentence_transformers import SentenceTransformer
 
 pytestmark = pytest.mark.slow
 REASON = "examples/requirements.txt is not installed"
@@ -88,6 +90,66 @@ def test_loaded_twice_filtered_and_recalled(tiny: Path, server: Path, rows: Path
     assert odd.count("[odd]") == 20 and "[even]" not in odd
 
 
+HIT = re.compile(r"^  (-?\d\.\d{4})  (.+)$", re.MULTILINE)
+
+
+def test_a_csv_has_quotes_a_bom_and_crlf_and_exact_words_count(
+    tiny: Path, server: Path, tmp_path: Path
+) -> None:
+    lines = ["text,genre", '"안녕, 세상",인사', '"그가 ""네"" 했다",대화', "새가 난다,자연", ""]
+    path = tmp_path / "Excel.CSV"
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    options = ["--load", path, "--category_column", "genre", "--query", "네", "--table", "csv"]
+    done = run(tiny, server, *options, "--word_weight", 5)
+    assert done.returncode == 0, done.stderr
+    assert "csv: 3 new of 3 sentences" in done.stdout
+    texts = [text for _, text in HIT.findall(done.stdout)]
+    assert texts[0] == '그가 "네" 했다  [대화]'
+    assert set(texts[1:]) == {"안녕, 세상  [인사]", "새가 난다  [자연]"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "of_query", "of_text"),
+    [
+        ({"query": "질문 ", "passage": "글 "}, None, "질문 ", "글 "),
+        ({"sts": "비슷한 글 "}, "sts", "비슷한 글 ", "비슷한 글 "),
+    ],
+)
+def test_queries_and_texts_get_the_prompts_of_the_model(
+    prompts: dict[str, str],
+    default: str | None,
+    of_query: str,
+    of_text: str,
+    tiny: Path,
+    server: Path,
+    tmp_path: Path,
+) -> None:
+    model = SentenceTransformer(str(tiny), prompts=prompts, default_prompt_name=default)
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    texts = ["한 남자가 말을 탄다.", "그 여자가 아이를 돌본다.", "치타가 달린다."]
+    (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+    options = ["--load", tmp_path / "a.txt", "--query", "말", "--table", next(iter(prompts))]
+    done = run(tmp_path / "model", server, *options)
+    assert done.returncode == 0, done.stderr
+    plain = SentenceTransformer(str(tiny))
+    of_texts = plain.encode([of_text + text for text in texts])
+    (scores,) = plain.similarity(plain.encode([of_query + "말"]), of_texts).tolist()
+    found = {text: float(score) for score, text in HIT.findall(done.stdout)}
+    assert found == pytest.approx(dict(zip(texts, scores, strict=True)), abs=1e-4)
+
+
+def test_a_console_shows_what_it_can(tiny: Path, server: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("여우🦊가 뛴다.\n", encoding="utf-8")
+    options = ["--load", tmp_path / "a.txt", "--query", "여우🦊", "--table", "console"]
+    environment = ENVIRONMENT | {"LC_ALL": "C", "PYTHONIOENCODING": "cp949"}
+    line = command(tiny, server, *options)
+    done = subprocess.run(line, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.decode("cp949")
+    assert "Query: 여우?" in printed
+    assert [text for _, text in HIT.findall(printed)] == ["여우?가 뛴다."]
+
+
 def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.txt"
     file.write_text("".join(f"{i}번째 문장입니다.\n" for i in range(20_000)), encoding="utf-8")
@@ -100,6 +162,7 @@ def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Pat
     while process.poll() is None and not re.search(rb"loading: +[1-9]\d+%", seen):
         seen += process.stderr.read() or b""
         time.sleep(0.02)
+    assert process.poll() is None, seen.decode()
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
@@ -130,12 +193,28 @@ def test_another_model_a_bad_table_and_no_database(
     assert "cannot be loaded" in missing.stderr.splitlines()[-1]
 
 
+def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(
+    tiny: Path, server: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n"
+    (tmp_path / "model/model.safetensors").write_text(pointer)
+    done = run(tmp_path / "model", server, "--table", "pointer")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    says = "cannot be loaded: model.safetensors is a Git-LFS pointer"
+    assert line.startswith(f"error: --model {tmp_path / 'model'}: {says}")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("a.txt", "가\n나\n".encode("cp949"), ":1: not UTF-8"),
         ("a.tsv", "sentence\n가\n".encode(), ":2: no text in 'text' of ['sentence']"),
         ("a.tsv", "text\n가\t나\n".encode(), ":2: not a JSON object, or more columns"),
+        ("a.csv", "text\n가,나\n".encode(), ":2: not a JSON object, or more columns"),
+        ("a.csv", 'text\r\n"가\r\n나\r\n'.encode(), ":3: unexpected end of data"),
+        ("a.csv", "sentence\n가\n".encode(), ":2: no text in 'text' of ['sentence']"),
         ("a.jsonl", '{"text": "가"}\n{"text"\n'.encode(), ":2: "),
         ("a.jsonl", b'{"text": 1}\n', ":1: no text in 'text'"),
         ("missing.txt", None, ": No such file or directory"),

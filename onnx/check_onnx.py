@@ -1,0 +1,74 @@
+"""Checks exported files against sentence-transformers: shapes, masks, odd text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+
+from common.encoders import default_prompt
+from common.exported import embed
+
+OPSET = 17
+TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2}
+CHECK_SENTENCES = (
+    "한 남자가 음식을 먹는다.",
+    "",
+    "가",
+    "A man is eating 파스타 at 7시 30분.",
+    "나는 학교에 갔다 😀👍🏽🇰🇷",
+    "大韓民國의 首都는 서울特別市이다.",
+    "그는 'TV'를 \"켰다\"\t그리고  껐다.",
+    "아주 긴 문장은 끝에서 잘린다. " * 200,
+)
+
+
+class CheckFailed(Exception):
+    """The exported file does not give what the model gives, or loses too much."""
+
+
+def check_file(
+    path: Path, model: SentenceTransformer, tokenizer: Tokenizer, dim: int, precision: str
+) -> None:
+    """Compares a file with sentence-transformers; raises `CheckFailed` where they differ."""
+    tolerance = TOLERANCES[precision]
+    onnx.checker.check_model(path, full_check=True)
+    proto = onnx.load(path, load_external_data=False)
+    if [(item.domain, item.version) for item in proto.opset_import] != [("", OPSET)]:
+        raise CheckFailed(f"{path.name}: not standard operators of opset {OPSET} alone")
+    session = onnxruntime.InferenceSession(path)
+    prompt = default_prompt(model)
+    sentences = [*CHECK_SENTENCES, *CHECK_SENTENCES[:-1] * 8]
+    expected = model.encode(sentences, truncate_dim=dim, show_progress_bar=False)
+    for batch_size in (1, 2, 3, 64):
+        found = embed(session, tokenizer, [prompt + text for text in sentences], batch_size)
+        check_close(path, f"batches of {batch_size}", found, expected, tolerance)
+
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, model[0].model.config.vocab_size, size=(3, 16))
+    holes = generator.integers(0, 2, size=ids.shape)
+    holes[:, 8] = 1  # no row without any token
+    left = (np.arange(16) >= np.array([[0], [5], [15]])).astype(np.int64)
+    for case, mask in (("left padding", left), ("holes in the mask", holes)):
+        features = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        feeds = {item.name: features[item.name] for item in session.get_inputs()}
+        with torch.inference_mode():
+            outputs = model({name: torch.from_numpy(values) for name, values in feeds.items()})
+        expected = outputs["sentence_embedding"][:, :dim].numpy()
+        check_close(path, case, session.run(None, feeds)[0], expected, tolerance)
+
+
+def check_close(
+    path: Path, case: str, found: np.ndarray, expected: np.ndarray, tolerance: float
+) -> None:
+    difference = float(np.abs(found - expected).max())
+    if not difference <= tolerance:  # NaN too
+        raise CheckFailed(
+            f"{path.name}: {case}: differs from sentence-transformers by {difference:.1e}, "
+            f"more than {tolerance:.0e}; not written"
+        )
