@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import re
@@ -357,6 +358,9 @@ def build(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\nThe model file")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -54,7 +54,12 @@ OLD_MODULE_TYPES = {
     "Normalize": "sentence_transformers.models.Normalize",
     "Dense": "sentence_transformers.models.Dense",
 }
-OLD_DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function")
+# What Dense has learnt since 2.7, and what it did before.
+NEW_DENSE_DEFAULTS = {
+    "module_input_name": "sentence_embedding",
+    "module_output_name": "sentence_embedding",
+    "use_residual": False,
+}
 OLD_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -394,7 +399,7 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
         elif kind == "Dense":
             config_name = f"{module['path']}/config.json"
             config = read_json(folder / config_name)
-            rewrite(config_name, {key: config[key] for key in OLD_DENSE_KEYS if key in config})
+            rewrite(config_name, dict(config.items() - NEW_DENSE_DEFAULTS.items()))
     rewrite("modules.json", modules)
     rewrite(
         "sentence_bert_config.json",

@@ -325,8 +325,9 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
         print(f"{test}, x100:")
         print("  ".join(key for key in SCORE_KEYS))
         print("  ".join(f"{100 * test_scores[key]:{len(key)}.2f}" for key in SCORE_KEYS))
-        for dim in test.dims[1:]:
-            print(f"cosine_spearman at {dim}: {100 * test_scores[f'cosine_spearman@{dim}']:.2f}")
+        for key, value in test_scores.items():
+            if key.startswith("cosine_spearman@"):
+                print(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
     write_json(run.folder / "scores.json", scores)
     plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
     write_text(run.folder / "README.md", model_card(run, result.model, scores))

@@ -43,7 +43,7 @@ from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
 
 from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
-from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402  # noqa: E402
+from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402
 from common.results import onnx_table  # noqa: E402
 
 BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -275,15 +275,21 @@ def deliver(written: Path, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
-def remove_older(target: Path, revision: str) -> None:
-    """Removes NAME-int8 and NAME-fp16 of another model: they would stand beside this one's fp32."""
+def remove_older(target: Path, settings: Settings) -> None:
+    """Removes NAME-int8 and NAME-fp16 that do not belong to this fp32: of another model or --dim."""
     for kind in ("int8", "fp16"):
-        sibling = target.with_name(f"{target.stem}-{kind}.json")
-        if not sibling.is_file() or read_json(sibling).get("revision") == revision:
-            continue
-        print(f"{sibling.with_suffix('.onnx')}: of another model: removed", file=sys.stderr)
-        for suffix in (".onnx", ".onnx.data", ".json", ".tokenizer.json"):
-            sibling.with_suffix(suffix).unlink(missing_ok=True)
+        sibling = target.with_name(f"{target.stem}-{kind}.onnx")
+        described = sibling.with_suffix(".json")
+        before = read_json(described) if described.is_file() else settings
+        if any(before.get(name) != value for name, value in settings.items()):
+            print(f"{sibling}: of another export: removed", file=sys.stderr)
+            remove(sibling)
+
+
+def remove(path: Path) -> None:
+    """Removes an exported file and what lies beside it."""
+    for suffix in (".onnx", ".onnx.data", ".json", ".tokenizer.json"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 # --- 3. Command line ------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def export(args: argparse.Namespace) -> None:
             print(f"calibrating on {len(texts):,} sentences of KorSTS-train", file=sys.stderr)
             prompt = default_prompt(model)  # consumers put it before every sentence
             ranges = activation_ranges(fp32, tokenizer, [prompt + text for text in texts])
-        remove_older(target, settings["revision"])
+        remove_older(target, settings)
         deliver(fp32, target)
 
         # 3. fp16
@@ -372,6 +378,7 @@ def export(args: argparse.Namespace) -> None:
             print("\n".join(onnx_table(rows)))
             lost = 100 * rows[-1]["lost"]
             if not lost <= args.max_loss and not args.force:
+                remove(target.with_name(int8.name))  # an older one would pass for this one
                 raise CheckFailed(
                     f"int8 loses {lost:.2f} points, more than --max_loss {args.max_loss}; "
                     "not written (--force keeps it)"

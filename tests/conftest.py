@@ -32,7 +32,10 @@ def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = REPOSITORY / "models/e5-small-ko"
     if built.is_dir():
         return built
-    folder = tmp_path_factory.getbasetemp().parent / "models/e5-small-ko"  # of all workers
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    folder = base / "models/e5-small-ko"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if folder.is_dir():

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 SAMPLES = Path(__file__).parent / "samples"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -51,6 +57,28 @@ def write_plain_encoder(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.2,
     )
     BertModel(config, add_pooling_layer=False).eval().save_pretrained(folder)
+    return folder
+
+
+def write_family(folder: Path, config: PreTrainedConfig, **tokenizer: object) -> Path:
+    """Writes a plain encoder of any family, and returns its folder.
+
+    Args:
+        config: gets the vocabulary's size; where its padding index is 1, as in RoBERTa's kind, the
+            tokenizer's is too.
+        tokenizer: more options of the tokenizer.
+    """
+    content = json.loads(tiny_tokenizer().to_str())
+    if config.pad_token_id == 1:
+        content["model"]["vocab"] |= {"[UNK]": 0, "[PAD]": 1}
+    config.vocab_size = len(content["model"]["vocab"])
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special | tokenizer
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
 

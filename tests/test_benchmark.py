@@ -29,6 +29,7 @@ from common.command_line import REPOSITORY, command_line
 from common.data import read_korsts
 from common.encoders import load_encoder, save_encoder
 from common.evaluation import SCORE_KEYS, bootstrap, correlations, interval
+from common.exported import OnnxEncoder
 
 README = """# Title
 <!-- results:all -->
@@ -668,3 +669,34 @@ def test_every_generated_part_shows_what_is_in_the_json_files(tmp_path):
         assert rewritten == text, f"{file}: run python benchmark.py --update_readme"
         shown |= {name for name in parts if f"<!-- results:{name} -->" in text}
     assert shown == set(parts)
+
+
+def test_a_prompt_longer_than_a_file_name_loses_no_result(run, plain, tmp_path):
+    prompt = f"질문:{' ' * 300}"  # few tokens, many bytes
+    status, _, err = run(plain, "--prompt", prompt)
+    assert status == 0, err
+    assert (
+        read(tmp_path, "tiny")["prompt"] == prompt and prompt in read(tmp_path, "tiny")["command"]
+    )
+
+
+def test_an_onnx_row_states_the_threads_that_onnxruntime_takes(run, tmp_path, monkeypatch):
+    write_onnx(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    encoder = OnnxEncoder(tmp_path / "words.onnx")
+    assert encoder.session.get_session_options().intra_op_num_threads == encoder.threads == 3
+    assert run(tmp_path / "words.onnx")[0] == 0
+    assert read(tmp_path, "words")["threads"] == 3
+
+
+def test_pairs_without_a_correlation_are_refused_by_file_name(run, plain, tmp_path, monkeypatch):
+    monkeypatch.delattr(benchmark, "load_encoder")  # no model is asked for
+    data = tmp_path / "data/KorSTS"
+    data.mkdir(parents=True)
+    lines = (SAMPLES / "KorSTS/sts-test.tsv").read_text(encoding="utf-8").splitlines()
+    (data / "sts-test.tsv").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    status, _, err = run(plain, data_dir=data.parent)
+    assert status == 2 and err.splitlines()[-1].endswith(
+        "sts-test.tsv: 3 pairs with 3 different scores: a correlation wants 10 pairs and two "
+        "scores at least"
+    )

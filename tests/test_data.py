@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import random
@@ -632,3 +633,36 @@ def test_published_xnli(capsys):
     assert [record["published"] for record in records] == [True, True]
     assert [record["rows"] for record in records] == [2490, 5010]
     assert capsys.readouterr().err == ""
+
+
+def test_klue_sts_as_parquet_passes_the_same_checks(tmp_path):
+    items = [klue_item(), klue_item(score=5.5), klue_item(sentence1=" ")]
+    for item in items:
+        item.pop("annotations", None)  # Parquet holds no empty object
+    path = tmp_path / "validation.parquet"
+    pd.DataFrame(items).to_parquet(path)
+    as_json = tmp_path / "validation.json"
+    as_json.write_text(json.dumps(items), encoding="utf-8")
+    said = [error_of(read_klue_sts, file).replace(file.name, "FILE") for file in (path, as_json)]
+    assert said[0] == said[1] and "FILE: item 2: real-label 5.5" in said[0]
+    pd.DataFrame(items[:1]).to_parquet(path)
+    as_json.write_text(json.dumps(items[:1]), encoding="utf-8")
+    pd.testing.assert_frame_equal(read_klue_sts(path), read_klue_sts(as_json))
+    path.write_bytes(b"PAR1 no parquet")
+    assert "not Parquet" in error_of(read_klue_sts, path)
+
+
+def test_a_console_that_cannot_show_a_character_shows_another(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp949", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with command_line():
+        print("끝 😀")
+    assert stream.buffer.getvalue().decode("cp949") == "끝 ?\n"
+
+
+def test_every_script_runs_inside_command_line():
+    scripts = [*REPO.glob("*.py"), *REPO.glob("onnx/*.py"), *REPO.glob("measurements/collect*.py")]
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' in text:
+            assert "with command_line():" in text or "reconfigure(errors=" in text, path

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from commands import run_script
 from encoders import SAMPLES, write_plain_encoder
 from hub import Hub
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
@@ -282,3 +284,32 @@ def test_a_pointer_in_place_of_the_weights_ends_training_before_it_begins(
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: pointer: model.safetensors is a Git-LFS pointer")
     assert not (tmp_path / "model").exists()
+
+
+def test_training_minds_precision_prompt_and_similarity_of_the_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A half-precision model with a prompt and dot products trains as its plain float32 twin does
+    on sentences that begin with the prompt."""
+    pairs, prompt = sample_pairs(), "문장: "
+    pairs.to_csv(tmp_path / "plain.csv", index=False)
+    columns = ["sentence1", "sentence2"]
+    pairs.assign(**{name: prompt + pairs[name] for name in columns}).to_csv(
+        tmp_path / "prompted.csv", index=False
+    )
+    model = SentenceTransformer(str(tiny)).to(torch.bfloat16)
+    model.to(torch.float32).save_pretrained(str(tmp_path / "twin"))
+    model.prompts, model.default_prompt_name = {"default": prompt}, "default"
+    model.similarity_fn_name = "dot"
+    model.to(torch.bfloat16).save_pretrained(str(tmp_path / "half"))
+    said, ends = [], []
+    for name, file in (("half", "plain.csv"), ("twin", "prompted.csv")):
+        options = [file, "--model", name, "--num_epochs", 1, "--output", f"{name}-trained"]
+        done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said.append([line for line in done.stdout.splitlines() if line[0] in "ab"])
+        ends.append(load_file(tmp_path / f"{name}-trained/model.safetensors"))
+    assert said[0] == said[1] and len(said[0]) == 2
+    for name, value in ends[1].items():
+        assert ends[0][name].dtype == torch.float32
+        assert torch.equal(ends[0][name], value)

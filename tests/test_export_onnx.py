@@ -588,3 +588,31 @@ def test_the_example_without_torch_needs_no_torch(offline_encoder, real, tmp_pat
         "sentence-transformers",
         measure_onnx.first_embedding_seconds("sentence-transformers", offline_encoder),
     )
+
+
+def test_calibration_sees_the_prompt_that_consumers_prepend(tmp_path, export, monkeypatch):
+    folder = write_encoder(tmp_path)
+    prompts = {"prompts": {"query": "질문: "}, "default_prompt_name": "query"}
+    edit_json(folder / "config_sentence_transformers.json", **prompts)
+    seen = []
+    monkeypatch.setattr(
+        export_onnx, "activation_ranges", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        export(folder, "--quantize", "int8", "--data_dir", SAMPLES)
+    assert len(seen) > 10 and all(text.startswith("질문: ") for text in seen)
+
+
+def test_the_readmes_python_gives_the_models_embeddings(tmp_path, export, monkeypatch):
+    folder = write_encoder(tmp_path)
+    prompts = {"prompts": {"query": "질문: "}, "default_prompt_name": "query"}
+    edit_json(folder / "config_sentence_transformers.json", **prompts)
+    output = tmp_path / "ko-sroberta-multitask.onnx"
+    assert export(folder, output=output) == (0, [])
+    readme = (REPOSITORY / "onnx/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    expected = load_encoder(str(folder), device="cpu").encode(names["sentences"])
+    np.testing.assert_allclose(names["embeddings"], expected, rtol=0, atol=1e-5)

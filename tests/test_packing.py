@@ -8,30 +8,60 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SAMPLES
+from encoders import write_family
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from common.batches import shuffled_batches
 from common.data import read_korsts
 from common.encoders import load_encoder
 from common.packing import pack_sentences
 
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+    "initializer_range": 0.2,
+}
+# What is made like RoBERTa counts positions from behind its padding index.
+ROBERTA = CONFIG | {"type_vocab_size": 1, "pad_token_id": 1}
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**CONFIG),
+        RobertaConfig(**ROBERTA),
+        XLMRobertaConfig(**ROBERTA),
+        CamembertConfig(**ROBERTA),
+        ElectraConfig(**CONFIG, embedding_size=16),
+    ],
+    ids=lambda config: config.model_type,
+)
 def test_packed_sentences_give_the_padded_losses_and_gradients(
-    model_type: str, encoder: Path
+    config: PreTrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import RobertaConfig, RobertaModel
+    write_family(tmp_path, config)
+    passes = []  # shapes of the tokens that go through the encoder
 
     def steps(packed: bool) -> tuple[list[float], list[torch.Tensor]]:
         torch.manual_seed(0)
-        model = load_encoder(str(encoder), 48, device="cpu")
-        if model_type == "roberta":
-            config = model[0].model.config.to_dict() | {
-                "type_vocab_size": 1,
-                "model_type": "roberta",
-            }
-            config["max_position_embeddings"] = 66
-            model[0].model = RobertaModel(RobertaConfig(**config))
+        model = load_encoder(str(tmp_path), 48, device="cpu")
+        passes.clear()
+        model[0].model.embeddings.register_forward_pre_hook(
+            lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
         if packed:
             pack_sentences(model, row_length=40)
         for module in model.modules():
@@ -54,6 +84,27 @@ def test_packed_sentences_give_the_padded_losses_and_gradients(
         return losses, gradients
 
     padded, packed = steps(False), steps(True)
+    assert set(passes) == {40} and len(passes) == 40  # rows, of each column of 20 batches
+    assert "trains with padding" not in capsys.readouterr().err
     assert padded[0] == pytest.approx(packed[0], abs=1e-5)
     for expected, actual in zip(padded[1], packed[1], strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistilBertConfig(dim=32, hidden_dim=64, n_layers=1, n_heads=2),
+        BertConfig(**CONFIG, is_decoder=True),
+    ],
+    ids=["another family", "a decoder"],
+)
+def test_what_is_not_packed_says_so_and_keeps_its_forward(
+    config: PreTrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_encoder(str(write_family(tmp_path, config)), 48, device="cpu")
+    capsys.readouterr()
+    pack_sentences(model)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {config.model_type} trains with padding: only bert, ")
+    assert "forward" not in vars(model[0].model)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import KORNLU, OFFLINE, SAMPLES, command, run, start, weights
-from encoders import edit_json
+from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
 from common.run_folder import last_checkpoint
@@ -192,3 +192,78 @@ def test_a_resume_with_other_options_is_refused_before_anything_is_read(
     done = run("training_sts.py", model, *options, "--resume", "--seed", 1)
     assert done.returncode == 2
     assert done.stderr == "error: --resume: --seed is 1 now and was 777: not that run\n"
+
+
+def unfinish(folder: Path) -> None:
+    """Makes a finished run look like one that was killed before its end."""
+    edit_json(folder / "run.json", finished=None)
+    (folder / "modules.json").unlink()
+
+
+def test_a_resume_compares_contents_and_not_places(encoder: Path, tmp_path: Path) -> None:
+    data, model = shutil.copytree(SAMPLES, tmp_path / "data"), tmp_path / "model"
+    shutil.copytree(encoder, model)
+    folder = tmp_path / "run"
+    options = ["--max_steps", 2, "--no_test", "--run_dir", folder]
+    assert run("training_sts.py", model, "--data_dir", data, *options).returncode == 0
+    expected = weights(folder)
+    stored = (folder / "run.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in stored and str(data) not in stored
+    unfinish(folder)
+
+    def resume(model: Path, data: Path) -> str:
+        done = run("training_sts.py", model, "--data_dir", data, *options, "--resume")
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr
+        return "" if done.returncode == 0 else done.stderr.splitlines()[-1]
+
+    train = data / "KorSTS/sts-train.tsv"
+    whole = train.read_text(encoding="utf-8")
+    lines = whole.splitlines()
+    fields = lines[5].split("\t")
+    lines[5] = "\t".join([*fields[:4], "0.5", *fields[5:]])
+    train.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    says = "error: --resume: sts-train.tsv: another content than the run in "
+    assert resume(model, data).startswith(says)
+    other = write_plain_encoder(tmp_path / "other", seed=1)
+    train.write_text(whole, encoding="utf-8")
+    assert resume(other, data).startswith("error: --resume: other: other weights than the run in ")
+    moved = data.rename(tmp_path / "moved"), model.rename(tmp_path / "moved-model")
+    assert resume(moved[1], moved[0]) == ""
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in expected.items())
+
+
+def test_save_steps_is_free_on_resume_only_where_nothing_is_averaged(
+    encoder: Path, tmp_path: Path
+) -> None:
+    for name, more, status in (("alone", [], 0), ("mean", ["--average_checkpoints", 2], 2)):
+        options = ["--max_steps", 2, "--no_test", *more, "--run_dir", tmp_path / name]
+        assert run("training_sts.py", encoder, *options, "--save_steps", 1).returncode == 0
+        unfinish(tmp_path / name)
+        done = run("training_sts.py", encoder, *options, "--save_steps", 2, "--resume")
+        assert done.returncode == status, done.stderr
+        assert ("--save_steps is 2 now and was 1" in done.stderr) == (status == 2)
+
+
+def test_another_number_of_processes_is_said(encoder: Path, tmp_path: Path) -> None:
+    options = ["--max_steps", 2, "--no_test", "--run_dir", tmp_path / "run"]
+    assert run("training_sts.py", encoder, *options).returncode == 0
+    unfinish(tmp_path / "run")
+    edit_json(tmp_path / "run/run.json", processes=2)
+    done = run("training_sts.py", encoder, *options, "--resume")
+    assert done.returncode == 0 and "note: 1 processes now, 2 before" in done.stderr
+
+
+def test_early_stopping_survives_a_kill_after_the_last_evaluation(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--num_epochs", 30, "--learning_rate", 0.01, "--early_stopping", 2, "--no_test"]
+    done = run("training_sts.py", encoder, *options, "--run_dir", folder)
+    assert done.returncode == 0, done.stderr
+    expected, scores = weights(folder), json.loads((folder / "scores.json").read_text())
+    unfinish(folder)
+    (folder / "model.safetensors").unlink()
+    done = run("training_sts.py", encoder, *options, "--run_dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in expected.items())
+    assert json.loads((folder / "scores.json").read_text()) == scores

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,18 @@ import torch
 from commands import REPOSITORY, SAMPLES, run, weights
 from encoders import edit_json
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 
 from common.data import read_korsts
-from common.encoders import load_encoder
+from common.encoders import default_prompt, load_encoder
+from common.evaluation import correlations
 from common.options import recipe_parser
 from common.run_folder import last_checkpoint
 from common.scoring import PairsEvaluator
 from common.training import AdamWPerTask, load_model
 from training_sts import PearsonLoss
+
+LAYER = "encoder.layer.0.output.dense.weight"
 
 
 def test_early_stopping_ends_after_evaluations_without_a_best(
@@ -197,3 +203,115 @@ def test_a_loss_that_is_not_finite_names_step_data_and_sentences(
     assert "error: step 1, data set sts: the loss is inf for the batch: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/modules.json").exists()
+
+
+def test_a_second_stage_keeps_the_prompt_of_the_first(encoder: Path, tmp_path: Path) -> None:
+    def stage(model: Path, name: str, *options: object) -> subprocess.CompletedProcess:
+        done = run("training_sts.py", model, "--max_steps", 3, "--no_test", *options,
+                   "--run_dir", tmp_path / name)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done
+
+    stage(encoder, "first", "--prompt", "문장: ")
+    kept = stage(tmp_path / "first", "kept")
+    repeated = stage(tmp_path / "first", "repeated", "--prompt", "문장: ")
+    other = stage(tmp_path / "first", "other", "--prompt", "글: ")
+    none = stage(tmp_path / "first", "none", "--prompt", "")
+    one, two = weights(tmp_path / "kept"), weights(tmp_path / "repeated")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name, prompt in (("kept", "문장: "), ("other", "글: "), ("none", "")):
+        model = SentenceTransformer(str(tmp_path / name))
+        assert default_prompt(model) == prompt
+        assert json.loads((tmp_path / name / "run.json").read_text())["prompt"] == prompt
+        assert not torch.equal(weights(tmp_path / name)[LAYER], one[LAYER]) or name == "kept"
+    note = "note: --prompt {!r} instead of "
+    assert "note: --prompt" not in kept.stderr + repeated.stderr
+    assert note.format("글: ") in other.stderr and note.format("") in none.stderr
+
+
+def test_a_model_kept_in_half_precision_trains_and_is_saved_in_fp32(
+    encoder: Path, tmp_path: Path
+) -> None:
+    ends = []
+    for name, dtype in (("half", torch.bfloat16), ("twin", torch.float32)):
+        folder = shutil.copytree(encoder, tmp_path / name)
+        model = AutoModel.from_pretrained(encoder, dtype=torch.bfloat16).to(dtype)
+        model.save_pretrained(folder)
+        done = run("training_sts.py", folder, "--max_steps", 3, "--no_test",
+                   "--run_dir", tmp_path / f"{name}-run")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        ends.append(weights(tmp_path / f"{name}-run"))
+    for key, value in ends[1].items():
+        assert ends[0][key].dtype == torch.float32
+        assert torch.equal(ends[0][key], value)
+
+
+def test_a_readback_may_differ_by_rounding_and_by_no_more(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = PairsEvaluator.__call__
+
+    def run_with(change: float, name: str) -> subprocess.CompletedProcess:
+        calls = []
+
+        def changed(self: PairsEvaluator, *args: object, **options: object) -> dict[str, float]:
+            scores = score(self, *args, **options)
+            calls.append(scores)
+            if len(calls) == 3:  # before, after, read back
+                scores["cosine_spearman"] += change
+            return scores
+
+        monkeypatch.setattr(PairsEvaluator, "__call__", changed)
+        return run("training_sts.py", encoder, "--max_steps", 1, "--no_test",
+                   "--run_dir", tmp_path / name)  # fmt: skip
+
+    assert run_with(2e-6, "rounding").returncode == 0
+    for change in (2e-4, float("nan")):
+        done = run_with(change, str(change))
+        assert done.returncode == 1
+        assert "when read back, and gave" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / str(change) / "modules.json").exists()
+
+
+def test_training_runs_without_the_modules_that_windows_lacks(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("resource", "fcntl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = run("training_sts.py", encoder, "--max_steps", 1, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["peak_memory_mb"] > 100
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+@pytest.mark.parametrize(("rows", "says"), [(48, "48 pairs with 1 "), (9, "9 pairs with ")])
+def test_pairs_without_a_correlation_are_refused_before_a_model_loads(
+    split: str, rows: int, says: str, tmp_path: Path
+) -> None:
+    data = shutil.copytree(SAMPLES, tmp_path / "data")
+    path = data / f"KorSTS/sts-{split}.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()[: rows + 1]
+    if rows == 48:
+        lines[1:] = ["\t".join([*line.split("\t")[:4], "2.0", *line.split("\t")[5:]])
+                     for line in lines[1:]]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run("training_sts.py", tmp_path / "no-model", "--data_dir", data)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: sts-{split}.tsv: {says}")
+
+
+def test_the_whole_width_selects_whatever_dims_are_asked_for(encoder: Path, tmp_path: Path) -> None:
+    done = run("training_sts.py", encoder, "--max_steps", 2, "--matryoshka_dims", "16,8",
+               "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    test = json.loads((tmp_path / "run/scores.json").read_text())["test"]
+    table = read_korsts(SAMPLES / "KorSTS/sts-test.tsv")
+    model = load_encoder(str(tmp_path / "run"))
+    first, second = (model.encode(list(table[f"sentence{side}"])) for side in (1, 2))
+    for dim, suffix in ((32, ""), (16, "@16"), (8, "@8")):
+        expected = correlations(first[:, :dim], second[:, :dim], table["score"])
+        assert test[f"cosine_spearman{suffix}"] == pytest.approx(
+            expected["cosine_spearman"], abs=1e-6
+        )
+    for dim in (16, 8):
+        assert f"cosine_spearman at {dim}: " in done.stdout
