@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoConfig
@@ -264,13 +265,16 @@ def load_encoder(
     for option in own:
         for key, value in own[option].items():
             setattr(model[0].model.config, key, value)
-    if max_seq_length is not None and isinstance(model[0], Transformer):
+    if isinstance(model[0], Transformer):
         positions = usable_positions(model)
-        if positions is not None and max_seq_length > positions:
+        if max_seq_length is not None and positions is not None and max_seq_length > positions:
             raise UserError(
                 f"--max_seq_length {max_seq_length}: {name_or_path} has {positions} positions"
             )
-        model.max_seq_length = max_seq_length
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
+        elif first_position(model) and model.max_seq_length > positions:
+            model.max_seq_length = positions  # the library counts those that are no token's, too
     return model
 
 
@@ -308,7 +312,9 @@ def first_position(model: SentenceTransformer) -> int:
 def usable_positions(model: SentenceTransformer) -> int | None:
     """Returns how many tokens the position table holds; None where there is none."""
     positions = getattr(model[0].model.config, "max_position_embeddings", None)
-    return None if positions is None else positions - first_position(model)
+    if positions is None or positions < 1:  # XLNet says -1
+        return None
+    return positions - first_position(model)
 
 
 def device_name(device: str | torch.device) -> str:
@@ -357,6 +363,7 @@ def save_encoder(
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(str(staging), create_model_card=False)
     _write_old_layout(model, staging)
+    lift_code(staging)
     _check_saved(model, staging, trust_remote_code)
     (folder / "modules.json").unlink(missing_ok=True)
     names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
@@ -365,6 +372,16 @@ def save_encoder(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, folder / name)
     shutil.rmtree(staging)
+
+
+def lift_code(folder: Path) -> None:
+    """Copies the code of a saved folder's modules to its top, the only place it is loaded from.
+
+    sentence-transformers writes it beside each module alone.
+    """
+    for module in filter(None, _module_folders(folder)):
+        for path in (folder / module).glob("*.py"):
+            shutil.copy(path, folder / path.name)
 
 
 def _check_saved(model: SentenceTransformer, folder: Path, trust_remote_code: bool) -> None:
@@ -399,7 +416,11 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
         elif kind == "Dense":
             config_name = f"{module['path']}/config.json"
             config = read_json(folder / config_name)
-            rewrite(config_name, dict(config.items() - NEW_DENSE_DEFAULTS.items()))
+            new = {key for key, value in NEW_DENSE_DEFAULTS.items() if config.get(key) == value}
+            rewrite(config_name, {key: config[key] for key in config if key not in new})
+            # 2.7 reads this module's weights from nothing else (tensors alone, safe to unpickle).
+            weights = load_file(folder / module["path"] / "model.safetensors")
+            torch.save(weights, folder / module["path"] / "pytorch_model.bin")
     rewrite("modules.json", modules)
     rewrite(
         "sentence_bert_config.json",

@@ -30,6 +30,7 @@ import uuid
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import BinaryIO
 
 import numpy as np
@@ -296,7 +297,7 @@ def open_output(args: Namespace, model: SentenceTransformer, corpus: Corpus) -> 
 
 # --- 4. Ray: as many workers as there is room for, which return their errors ---------------------
 
-MODEL_ERRORS = (OSError, ValueError, SafetensorError)
+MODEL_ERRORS = (OSError, ValueError, SafetensorError, UnpicklingError)
 
 
 class CarefulEncoder:
@@ -377,7 +378,7 @@ def load_model(args: Namespace) -> SentenceTransformer:
         why = first_line(error)
         if not Path(args.model).is_dir():
             why = f"no such folder, and not from the Hub: {why}"
-        for path in Path(args.model).rglob("*.safetensors"):
+        for path in Path(args.model).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
         raise UserError(f"{args.model}: {why}") from None

@@ -11,6 +11,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pandas as pd
 import torch
@@ -53,9 +54,9 @@ try:
     # float32: weights kept in half precision would train, and be rounded, in it.
     model = Encoder(place := args.model, model_kwargs={"dtype": torch.float32})
     os.makedirs(place := args.output)  # refused where there is something already
-except (OSError, ValueError, csv.Error, SafetensorError) as error:
+except (OSError, ValueError, csv.Error, SafetensorError, UnpicklingError) as error:
     why = " ".join(str(error).split())
-    for path in Path(args.model).rglob("*.safetensors") if place is args.model else ():
+    for path in Path(args.model).rglob("*") if place is args.model else ():
         if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
             why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
     parser.exit(2, f"error: {place}: {why}\n")

@@ -11,6 +11,7 @@ https://github.com/BM-K/KoSentenceBERT-SKT.
 import argparse
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, util
@@ -46,11 +47,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = SentenceTransformer(args.model)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         why = str(error).splitlines()[0]
         if not Path(args.model).is_dir():
             why = f"no such folder, and not from the Hub: {why}"
-        for path in Path(args.model).rglob("*.safetensors"):
+        for path in Path(args.model).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
         print(f"error: {args.model}: {why}", file=sys.stderr)

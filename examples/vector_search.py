@@ -352,14 +352,16 @@ QUERIES = [
 
 
 def load_model(name: str) -> SentenceTransformer:
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError  # seconds: after what needs no model
     from sentence_transformers import SentenceTransformer
 
     try:
         model = SentenceTransformer(name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        for path in Path(name).rglob("*.safetensors"):
+        for path in Path(name).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 reason = f"{path.name} is a Git-LFS pointer: run git lfs pull"
         raise UserError(f"--model {name}: cannot be loaded: {reason}") from None

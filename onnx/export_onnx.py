@@ -276,7 +276,7 @@ def deliver(written: Path, target: Path) -> None:
 
 
 def remove_older(target: Path, settings: Settings) -> None:
-    """Removes NAME-int8 and NAME-fp16 that do not belong to this fp32: of another model or --dim."""
+    """Removes NAME-int8 and NAME-fp16 where they are of another model, --dim or --pooling."""
     for kind in ("int8", "fp16"):
         sibling = target.with_name(f"{target.stem}-{kind}.onnx")
         described = sibling.with_suffix(".json")

@@ -7,8 +7,11 @@ source common/setup.sh
 setup_python tests/requirements.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-if [ "${1:-}" = all ]; then
-    shift
-    exec "$PYTHON" -m pytest -m "" "$@"
+if [ "${1:-}" != all ]; then
+    exec "$PYTHON" -m pytest "$@"
 fi
-exec "$PYTHON" -m pytest "$@"
+shift
+"$PYTHON" -m pytest "$@"
+# One after the other and with all cores: some of the slow ones wait for a time or use all memory.
+cores=$(getconf _NPROCESSORS_ONLN)
+exec env OMP_NUM_THREADS="$cores" "$PYTHON" -m pytest -m slow -n 0 "$@"

@@ -6,12 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from encoders import edit_json, write_plain_encoder
+from encoders import edit_json, write_family, write_plain_encoder
 from hub import Hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+from tokenizers import Tokenizer, normalizers
+from transformers import BertConfig, RobertaConfig, XLNetConfig
 
+from common import encoders
 from common.command_line import UserError
 from common.encoders import load_encoder, save_encoder
 
@@ -158,6 +163,21 @@ def test_max_seq_length_is_set_and_cannot_exceed_the_positions(folder):
         load_encoder(str(folder), 65)
 
 
+def test_an_encoder_without_a_position_table_takes_any_length(tmp_path):
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, pad_token_id=0)
+    model = load_encoder(str(write_family(tmp_path, config)), 200, device="cpu")
+    assert model.max_seq_length == 200
+    assert np.isfinite(model.encode("가" * 300)).all()
+
+
+def test_a_declared_length_beyond_the_positions_is_cut(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1)
+    model = load_encoder(str(write_family(tmp_path, config)), device="cpu")
+    assert model.max_seq_length == 32  # two positions are no token's
+    assert np.isfinite(model.encode("가" * 100)).all()
+
+
 @pytest.mark.parametrize(
     "break_it, reason",
     [
@@ -255,3 +275,96 @@ def test_modules_json_comes_last_so_that_half_a_model_is_none(folder, tmp_path, 
         save_encoder(model, tmp_path / "saved")
     assert "model.safetensors" in moved and "modules.json" not in moved
     assert not (tmp_path / "saved" / "modules.json").exists()
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_was_written_is_compared_before_it_is_delivered(folder, tmp_path, monkeypatch):
+    model, saved = load_encoder(str(folder), device="cpu"), tmp_path / "saved"
+    save_encoder(model, saved)
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)  # another model for the same folder
+
+    write_old_layout = encoders._write_old_layout
+
+    def spoil(model, staging):
+        write_old_layout(model, staging)
+        weights = load_file(staging / "model.safetensors")
+        weights["encoder.layer.1.output.dense.bias"][3] += 1e-3
+        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(encoders, "_write_old_layout", spoil)
+    with pytest.raises(OSError, match="does not give the model's embeddings") as error:
+        save_encoder(model, saved)
+    assert error.value.filename == str(saved / ".saving")
+    # What was there is there: the older model, whole, and nothing else.
+    found = {path for path in saved.rglob("*") if path.is_file() and ".saving" not in path.parts}
+    assert {path: path.read_bytes() for path in found} == before
+    monkeypatch.undo()
+    save_encoder(model, saved)
+    assert not (saved / ".saving").exists()
+    np.testing.assert_array_equal(
+        load_encoder(str(saved), device="cpu").encode(SENTENCES), model.encode(SENTENCES)
+    )
+
+
+def test_nothing_is_delivered_to_a_new_folder_either(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders.np, "array_equal", lambda *_: False)
+    with pytest.raises(OSError):
+        save_encoder(load_encoder(str(folder)), tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == [".saving"]
+
+
+def test_additional_special_tokens_have_the_name_that_transformers_4_reads(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = ["[E1]", "[E2]"]
+    config = BertConfig(**sizes, intermediate_size=32, max_position_embeddings=64)
+    folder = write_family(tmp_path / "plain", config, additional_special_tokens=tokens)
+    known = read(folder / "config.json")["vocab_size"]
+    model = load_encoder(str(folder), device="cpu")
+    model[0].model.resize_token_embeddings(known + 2)
+    save_encoder(model, tmp_path / "saved")
+    saved = read(tmp_path / "saved/tokenizer_config.json")
+    assert saved["additional_special_tokens"] == tokens
+    assert not isinstance(saved.get("extra_special_tokens"), list)
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = load_encoder(str(tmp_path / "saved"), device="cpu").tokenizer
+    ids = tokenizer("가[E1]나[E2]")["input_ids"]
+    assert len(ids) == 6 and {known, known + 1} < set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["가", "나"]
+
+
+@pytest.mark.parametrize("where", ["module", "tokenizer"])
+def test_lower_case_stays_what_the_base_has(folder, tmp_path, where):
+    if where == "module":  # sentence-transformers' own
+        save_encoder(load_encoder(str(folder)), folder)
+        edit_json(folder / "sentence_bert_config.json", do_lower_case=True)
+    else:  # that of an uncased BERT
+        file = str(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(file)
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.save(file)
+    model = load_encoder(str(folder))
+    texts = ["a man", "A MAN"]
+    assert model.tokenizer(texts[0])["input_ids"] == model.tokenizer(texts[1])["input_ids"]
+    save_encoder(model, tmp_path / "first")
+    save_encoder(load_encoder(str(tmp_path / "first")), tmp_path / "second")
+    again = load_encoder(str(tmp_path / "second"))
+    lower, upper = again.encode(texts)
+    np.testing.assert_array_equal(lower, upper)
+    np.testing.assert_array_equal(lower, model.encode(texts)[0])
+    config = read(tmp_path / "second/sentence_bert_config.json")
+    assert config["do_lower_case"] is (where == "module")
+
+
+def test_a_dense_module_of_today_stays_what_it_is(folder, tmp_path):
+    dense = Dense(32, 16, use_residual=True)
+    model = SentenceTransformer(modules=[*load_encoder(str(folder), device="cpu"), dense])
+    save_encoder(model, tmp_path / "saved")
+    config = read(tmp_path / "saved/2_Dense/config.json")
+    assert config["use_residual"] is True and "module_input_name" not in config
+    again = load_encoder(str(tmp_path / "saved"), device=str(model.device))
+    np.testing.assert_array_equal(again.encode(SENTENCES), model.encode(SENTENCES))

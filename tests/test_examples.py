@@ -272,17 +272,19 @@ def test_a_model_that_is_not_there_ends_training_before_it_begins(tmp_path: Path
     assert os.listdir(tmp_path) == ["pairs.csv"]
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_in_place_of_the_weights_ends_training_before_it_begins(
-    tiny: Path, tmp_path: Path
+    weights: str, tiny: Path, tmp_path: Path
 ) -> None:
     sample_pairs().to_csv(tmp_path / "pairs.csv", index=False)
     shutil.copytree(tiny, tmp_path / "pointer")
-    (tmp_path / "pointer/model.safetensors").write_text(POINTER)
+    (tmp_path / "pointer/model.safetensors").unlink()
+    (tmp_path / "pointer" / weights).write_text(POINTER)
     options = ["pairs.csv", "--output", "model", "--model", "pointer"]
     done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: pointer: model.safetensors is a Git-LFS pointer")
+    assert line.startswith(f"error: pointer: {weights} is a Git-LFS pointer")
     assert not (tmp_path / "model").exists()
 
 

@@ -21,11 +21,13 @@ from sentence_transformers.sentence_transformer.losses import (
     CosineSimilarityLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import Dense
 from sentence_transformers.util import cos_sim
 
 from common import training
 from common.batches import no_duplicates_batches, shuffled_batches
 from common.data import NLI_TRAIN_FILES, read_korsts, read_nli_triplets
+from common.encoders import save_encoder
 from common.run_folder import Run
 from common.scoring import PairsEvaluator
 from common.training import AdamWPerTask, RecipeTrainer
@@ -152,29 +154,40 @@ def test_a_real_run_on_korsts_rises(offline_encoder: Path, tmp_path: Path) -> No
 def test_the_model_opens_in_sentence_transformers_2_7(encoder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("training_sts.py", encoder, "--max_steps", 2, "--run_dir", folder).returncode == 0
+    # What the two versions write in different forms: a Dense module, special tokens of one's own.
+    model = SentenceTransformer(str(folder))
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["[문서]"]})
+    model[0].model.resize_token_embeddings(len(model.tokenizer))
+    model.append(Dense(32, 16))
+    save_encoder(model, tmp_path / "dense")
     old = tmp_path / "old"
     subprocess.run([sys.executable, "-m", "venv", old], check=True)
+    python = old / "bin/python"
+    # torch, numpy and so on come from here; what stands in the new folder comes first.
+    (packages,) = old.glob("lib/*/site-packages")
+    (packages / "here.pth").write_text(str(Path(torch.__file__).parent.parent))
     subprocess.run(
-        [old / "bin/python", "-m", "pip", "install", "-q", "torch==2.13.*",
-         "sentence-transformers==2.7.0", "transformers==4.57.*"],
+        [python, "-m", "pip", "install", "-q", "--no-deps", "sentence-transformers==2.7.0",
+         "transformers==4.57.*", "tokenizers==0.22.*", "huggingface_hub<1"],
         check=True,
     )  # fmt: skip
     sentences = ["비행기가 이륙하고 있다.", "가", "한 남자가 큰 플루트를 연주하고 있다. " * 5]
     code = (
-        "import sys, json; from sentence_transformers import SentenceTransformer as S; "
-        "m = S(sys.argv[1]); print(json.dumps([m.max_seq_length, "
+        "import sys, json; from sentence_transformers import SentenceTransformer as S, __version__;"
+        "m = S(sys.argv[1]); print(json.dumps([__version__, m.max_seq_length, "
         "m.encode(json.loads(sys.argv[2])).tolist()]))"
     )
-    done = subprocess.run(
-        [old / "bin/python", "-c", code, folder, json.dumps(sentences)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    length, embeddings = json.loads(done.stdout.splitlines()[-1])
-    assert length == 48
-    expected = SentenceTransformer(str(folder)).encode(sentences)
-    assert np.abs(np.array(embeddings) - expected).max() < 1e-5
+    for path in (folder, tmp_path / "dense"):
+        done = subprocess.run(
+            [python, "-c", code, path, json.dumps(sentences)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        version, length, embeddings = json.loads(done.stdout.splitlines()[-1])
+        assert (version, length) == ("2.7.0", 48)
+        expected = SentenceTransformer(str(path)).encode(sentences)
+        assert np.abs(np.array(embeddings) - expected).max() < 1e-5
 
 
 # --- What the recipes are made of ------------------------------------------------------------
