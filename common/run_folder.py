@@ -116,7 +116,8 @@ def check_folder(args: argparse.Namespace) -> None:
     if not PartialState().is_main_process:
         return  # the first process answers for the folder, and makes it
     if not args.resume:
-        if args.run_dir and args.run_dir.exists() and any(args.run_dir.iterdir()):
+        # What a run leaves that is killed while it begins, its lock, is nothing.
+        if args.run_dir and args.run_dir.exists() and any(args.run_dir.glob("[!.]*")):
             raise UserError(f"--run_dir {args.run_dir}: not empty; --resume goes on with a run")
         return
     if not (args.run_dir / "run.json").is_file():
@@ -155,14 +156,14 @@ def open_run(
     (folder,) = broadcast_object_list([folder])
     is_main, lock, checkpoint = PartialState().is_main_process, None, None
     if is_main:
+        begun = {"data": data, "start_model": start_model(args.model_name_or_path, model)}
+        begun["processes"] = PartialState().num_processes
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise UserError(f"{folder}: another run is at work in this folder") from None
-        begun = {"data": data, "start_model": start_model(args.model_name_or_path, model)}
-        begun["processes"] = PartialState().num_processes
         if args.resume:
             _check_same_contents(folder, begun)
             checkpoint = last_checkpoint(folder / "checkpoints")

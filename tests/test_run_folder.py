@@ -273,3 +273,16 @@ def test_early_stopping_survives_a_kill_after_the_last_evaluation(
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(value, weights(folder)[name]) for name, value in expected.items())
     assert json.loads((folder / "scores.json").read_text()) == scores
+
+
+def test_a_run_killed_while_it_began_leaves_nothing_in_the_way(
+    encoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".run.json.4711").write_text("{")
+    options = ["--max_steps", 1, "--no_test", "--run_dir", folder]
+    assert run("training_sts.py", encoder, *options).returncode == 0
+    again = run("training_sts.py", encoder, *options)
+    assert again.returncode == 2 and "not empty; --resume goes on with a run" in again.stderr
