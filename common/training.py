@@ -41,7 +41,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from common.averaging import try_means
 from common.command_line import UserError, first_line
-from common.encoders import default_prompt, load_encoder
+from common.encoders import default_prompt, lift_code, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
 from common.packing import OneForward, pack_sentences
 from common.run_folder import Result, Run, Scores, seal_checkpoint, step_of
@@ -303,6 +303,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
             raise OSError(None, f"not written: {first_line(error)}", str(folder)) from None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            lift_code(folder)
             seal_checkpoint(folder, self.state.best_global_step, self.keep_last)
 
 
@@ -424,11 +425,9 @@ def train(run: Run, trainer: RecipeTrainer) -> Result:
     }
     best_step, expected = trainer.state.best_global_step, trainer.state.best_metric
     folder = run.folder / "checkpoints" / f"checkpoint-{best_step}"
-    best, chosen, tried = (
-        load_encoder(str(folder), run.args.max_seq_length),
-        f"step {best_step}",
-        {},
-    )
+    trust = run.args.trust_remote_code
+    best = load_encoder(str(folder), run.args.max_seq_length, trust_remote_code=trust)
+    chosen, tried = f"step {best_step}", {}
     if run.is_main:
         scores = dev(best, steps=best_step)
         actual = scores["cosine_spearman"]
