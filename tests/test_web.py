@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -227,9 +228,15 @@ def ranking(model: Path, query: str, corpus: list[str]) -> list[tuple[str, float
 
 
 def assert_same(found: list[tuple[str, float]], expected: list[tuple[str, float]]) -> None:
-    assert [sentence for sentence, _ in found] == [sentence for sentence, _ in expected]
+    python = dict(expected)
+    assert sorted(sentence for sentence, _ in found) == sorted(python)
+    shown = [score for _, score in found]
+    assert shown == sorted(shown, reverse=True)
     # int8: see test_vectors_equal_those_of_python
-    assert [score for _, score in found] == pytest.approx([s for _, s in expected], abs=0.01)
+    assert shown == pytest.approx([python[sentence] for sentence, _ in found], abs=0.01)
+    # On some CPUs neighbours that score all but the same change places.
+    for (first, _), (second, _) in itertools.combinations(found, 2):
+        assert python[first] > python[second] - 0.003
 
 
 def embed_in(page: object, sentences: list[str]) -> np.ndarray:
