@@ -183,9 +183,14 @@ def _check_no_code(name: str, folder: Path) -> None:
     carries_code = config_file.is_file() and "auto_map" in read_json(config_file)
     if modules_file.is_file():
         modules = read_json(modules_file)
-        carries_code |= any(
-            not module["type"].startswith("sentence_transformers.") for module in modules
-        )
+        types = [module["type"] for module in modules]
+        carries_code |= not all(type_.startswith("sentence_transformers.") for type_ in types)
+        for module in modules:
+            settings = folder / module["path"] / "config.json"
+            if module["type"].endswith(".Dense") and settings.is_file():
+                # The library takes another function, Tanh, in place of code it may not run.
+                function = read_json(settings).get("activation_function", "torch.")
+                carries_code |= not function.startswith("torch.")
     if carries_code:
         raise UserError(
             f"{name}: carries its own Python code, which could do anything on this machine; "
@@ -343,8 +348,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def model_folder(model: SentenceTransformer) -> Path:
     """Returns the folder that the model was loaded from: a folder, or a snapshot of the cache."""
-    folder = Path(model[0].model.name_or_path)  # of the transformer: in old layouts one below
-    return folder.parent if (folder.parent / "modules.json").is_file() else folder
+    return Path(model[0].model.name_or_path)
 
 
 def save_encoder(
@@ -361,10 +365,14 @@ def save_encoder(
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(str(staging), create_model_card=False)
-    _write_old_layout(model, staging)
-    lift_code(staging)
-    _check_saved(model, staging, trust_remote_code)
+    try:
+        model.save_pretrained(str(staging), create_model_card=False)
+        _write_old_layout(model, staging)
+        lift_code(staging)
+        _check_saved(model, staging, trust_remote_code)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     (folder / "modules.json").unlink(missing_ok=True)
     names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     last = [Path("config.json"), Path("modules.json")]

@@ -280,7 +280,10 @@ def remove_older(target: Path, settings: Settings) -> None:
     for kind in ("int8", "fp16"):
         sibling = target.with_name(f"{target.stem}-{kind}.onnx")
         described = sibling.with_suffix(".json")
-        before = read_json(described) if described.is_file() else settings
+        try:
+            before = read_json(described) if described.is_file() else settings
+        except ValueError:
+            before = {}  # damaged: nobody can say whose it is
         if any(before.get(name) != value for name, value in settings.items()):
             print(f"{sibling}: of another export: removed", file=sys.stderr)
             remove(sibling)

@@ -86,3 +86,18 @@ def edit_json(path: Path, **changes: object) -> None:
     """Sets keys of a JSON file."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def add_module_with_code(folder: Path, ran: Path) -> None:
+    """Appends a module of a class in carried.py, whose import makes the file `ran`."""
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    modules.append({"idx": 2, "name": "2", "path": "", "type": "carried.Carried"})
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    code = (
+        "from pathlib import Path\n"
+        "from sentence_transformers.sentence_transformer.modules import Normalize\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class Carried(Normalize):\n"
+        "    pass\n"
+    )
+    (folder / "carried.py").write_text(code, encoding="utf-8")

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from encoders import edit_json, write_family, write_plain_encoder
+from encoders import add_module_with_code, edit_json, write_family, write_plain_encoder
 from hub import Hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -212,23 +212,29 @@ def test_a_name_that_is_neither_folder_nor_hub_name():
 
 def test_modules_with_code_are_refused_and_run_with_the_flag(folder, tmp_path):
     save_encoder(load_encoder(str(folder)), folder)
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    modules.append({"idx": 2, "name": "2", "path": "", "type": "carried.Carried"})
-    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-    code = (
-        "from pathlib import Path\n"
-        "from sentence_transformers.sentence_transformer.modules import Normalize\n"
-        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
-        "class Carried(Normalize):\n"
-        "    pass\n"
-    )
-    (folder / "carried.py").write_text(code, encoding="utf-8")
+    add_module_with_code(folder, tmp_path / "ran")
     with pytest.raises(UserError, match="its own Python code, which could do anything"):
         load_encoder(str(folder))
     assert not (tmp_path / "ran").exists()
     vectors = load_encoder(str(folder), trust_remote_code=True).encode(SENTENCES)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert (tmp_path / "ran").exists()
+
+
+def test_an_activation_that_is_not_torchs_is_code_too(folder):
+    model = SentenceTransformer(modules=[*load_encoder(str(folder), device="cpu"), Dense(32, 16)])
+    save_encoder(model, folder)
+    assert load_encoder(str(folder)).get_embedding_dimension() == 16
+    edit_json(folder / "2_Dense/config.json", activation_function="carried.Activation")
+    # sentence-transformers warns, and takes Tanh.
+    with pytest.raises(UserError, match="its own Python code"):
+        load_encoder(str(folder))
+
+
+def test_a_plain_encoder_inside_another_models_folder_is_itself(folder, tmp_path):
+    save_encoder(load_encoder(str(folder)), tmp_path / "outer")
+    inner = shutil.copytree(folder, tmp_path / "outer/inner")
+    assert encoders.model_folder(load_encoder(str(inner))) == inner
 
 
 # --- Saving ----------------------------------------------------------------------------------
@@ -301,11 +307,11 @@ def test_what_was_written_is_compared_before_it_is_delivered(folder, tmp_path, m
         save_encoder(model, saved)
     assert error.value.filename == str(saved / ".saving")
     # What was there is there: the older model, whole, and nothing else.
-    found = {path for path in saved.rglob("*") if path.is_file() and ".saving" not in path.parts}
+    found = {path for path in saved.rglob("*") if path.is_file()}
     assert {path: path.read_bytes() for path in found} == before
+    assert not (saved / ".saving").exists()
     monkeypatch.undo()
     save_encoder(model, saved)
-    assert not (saved / ".saving").exists()
     np.testing.assert_array_equal(
         load_encoder(str(saved), device="cpu").encode(SENTENCES), model.encode(SENTENCES)
     )
@@ -315,7 +321,7 @@ def test_nothing_is_delivered_to_a_new_folder_either(folder, tmp_path, monkeypat
     monkeypatch.setattr(encoders.np, "array_equal", lambda *_: False)
     with pytest.raises(OSError):
         save_encoder(load_encoder(str(folder)), tmp_path / "saved")
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == [".saving"]
+    assert not list((tmp_path / "saved").iterdir())
 
 
 def test_additional_special_tokens_have_the_name_that_transformers_4_reads(tmp_path):

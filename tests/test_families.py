@@ -7,9 +7,11 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from commands import SAMPLES, run, run_script, weights
@@ -36,6 +38,7 @@ from transformers import (
 
 from common.encoders import load_encoder
 from common.exported import embed
+from common.training import say_unknown_tokens
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = LAYERS | {
@@ -384,3 +387,15 @@ def test_a_tokenizer_that_does_not_know_the_text_is_said(tmp_path: Path) -> None
     (line,) = said["latin"]
     share = int(line.split("%")[0].rsplit(" ", 1)[1])
     assert line.startswith("warning: sts: the tokenizer does not know") and 50 < share < 100
+
+
+def test_unknown_tokens_are_said_from_5_percent_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def tokenizer(texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[0 if word == "?" else 1 for word in t.split()] for t in texts]}
+
+    tokenizer.unk_token_id = 0
+    model = SimpleNamespace(tokenizer=tokenizer)
+    for known in (19, 20):
+        words = " ".join(["?"] + ["가"] * known)
+        say_unknown_tokens(model, {"sts": pd.DataFrame({"anchor": [words], "score": [1.0]})})
+        assert ("does not know 5% of the tokens" in capsys.readouterr().err) == (known == 19)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY, SAMPLES, run, run_script
-from encoders import edit_json
+from encoders import add_module_with_code, edit_json
 from hub import Hub
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -77,20 +77,6 @@ def dense(encoder: Path, tmp_path: Path) -> Path:
 
 
 # --- Code ------------------------------------------------------------------------------------
-
-
-def add_module_with_code(folder: Path, ran: Path) -> None:
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    modules.append({"idx": 2, "name": "2", "path": "", "type": "carried.Carried"})
-    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-    code = (
-        "from pathlib import Path\n"
-        "from sentence_transformers.sentence_transformer.modules import Normalize\n"
-        f"Path({str(ran)!r}).touch()\n"
-        "class Carried(Normalize):\n"
-        "    pass\n"
-    )
-    (folder / "carried.py").write_text(code, encoding="utf-8")
 
 
 def add_encoder_with_code(folder: Path, ran: Path) -> None:
@@ -333,7 +319,7 @@ def test_a_refused_int8_leaves_no_older_one(
     assert files(output.parent) == FP32
 
 
-@pytest.mark.parametrize("change", ["weights", "options", "nothing"])
+@pytest.mark.parametrize("change", ["weights", "options", "damage", "nothing"])
 def test_an_export_leaves_no_int8_of_another_model(
     change: str, exported: list[object], saved: Path, tmp_path: Path
 ) -> None:
@@ -345,6 +331,8 @@ def test_an_export_leaves_no_int8_of_another_model(
         save_encoder(model, saved)
     elif change == "options":
         options = ["--dim", 16]
+    elif change == "damage":
+        (output.parent / "tiny-int8.json").write_text("{", encoding="utf-8")
     done = export(saved, output, *options)
     assert done.returncode == 0, done.stderr
     assert files(output.parent) == (sorted(FP32 + INT8) if change == "nothing" else FP32)
