@@ -38,9 +38,10 @@ from common.command_line import (
     stored_command,
 )
 from common.data import DATA_DIR, file_record, read_klue_sts, read_korsts
-from common.encoders import POOLINGS, default_prompt, device_name, load_encoder, weight_files
+from common.encoders import POOLINGS, default_prompt, load_encoder, weight_files
 from common.evaluation import bootstrap, correlations, f1, interval
 from common.exported import OnnxEncoder
+from common.machine import device_name
 from common.scoring import Encoder, check_pairs, encode_pairs
 
 MODELS = [

@@ -3,6 +3,7 @@
 A room may import those above it in this list, never one below (tests/test_house.py):
 
     command_line    errors in one line, exit statuses, files replaced whole, hashes, stored commands
+    machine         its name, the precision it trains in fastest, what a process costs
     data            files to checked tables, NLI triplets, file records
     evaluation      the eight correlations, bootstrap, paired differences
     encoders        fetch, check, load, save an encoder; its default prompt, its pooling
@@ -10,7 +11,8 @@ A room may import those above it in this list, never one below (tests/test_house
     scoring         pairs of sentences encoded and scored
     batches         orders of rows: shuffled, without duplicates, shared among processes
     packing         one forward without padding for all columns of a batch
-    run_folder      a run on disk: options, data, checkpoints, resume, scores, model card, upload
+    checkpoints     which are whole, which are needed, reading one back
+    run_folder      a run on disk: options, data, resume, scores, model card, upload
     averaging       means of weights, and which of them dev prefers
     options         the options that all recipes have, and their checks
     training        the trainer, its callbacks, `train`

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from sentence_transformers import SentenceTransformer
 
+from common.checkpoints import checkpoints, step_of
 from common.encoders import load_encoder
 from common.evaluation import spearman_line
-from common.run_folder import Run, Scores, checkpoints, step_of
+from common.run_folder import Run, Scores
 from common.scoring import PairsEvaluator
 
 
 def mean_weights(
-    models: Sequence[SentenceTransformer], shares: Sequence[float]
+    models: Iterable[SentenceTransformer], shares: Sequence[float]
 ) -> SentenceTransformer:
-    """Returns a model whose weights are the mean of the models', each with its share (sum 1)."""
-    mean = copy.deepcopy(models[0])
+    """Returns a model whose weights are the mean of the models', each with its share (sum 1).
+
+    The models are taken one at a time, so that a generator keeps one in memory beside the mean.
+    """
+    mean = None
     with torch.no_grad():
-        for target, *weights in zip(*(m.parameters() for m in (mean, *models)), strict=True):
-            target.copy_(sum(share * weight for share, weight in zip(shares, weights, strict=True)))
+        for model, share in zip(models, shares, strict=True):
+            if mean is None:
+                mean = copy.deepcopy(model)
+                for weight in mean.parameters():
+                    weight.mul_(share)
+            else:
+                for weight, other in zip(mean.parameters(), model.parameters(), strict=True):
+                    weight.add_(share * other)
     return mean
 
 
@@ -43,22 +53,28 @@ def try_means(
     """
     args = run.args
     options = {"max_seq_length": args.max_seq_length, "trust_remote_code": args.trust_remote_code}
-    candidates = {f"step {best_step}": best}
-    if (last := args.average_checkpoints) > 1:
-        folders = checkpoints(run.folder / "checkpoints")[-last:]
-        models = [load_encoder(str(folder), **options) for folder in folders]
+    chosen, chosen_name, tried = best, f"step {best_step}", {f"step {best_step}": best_scores}
+    print(f"step {best_step}: {dev}: {spearman_line(best_scores)}", file=sys.stderr)
+
+    def consider(name: str, model: SentenceTransformer) -> None:
+        nonlocal chosen, chosen_name
+        tried[name] = dev(model, steps=best_step)
+        print(f"{name}: {dev}: {spearman_line(tried[name])}", file=sys.stderr)
+        # Of equals the first stays, which is the best checkpoint.
+        if tried[name]["cosine_spearman"] > tried[chosen_name]["cosine_spearman"]:
+            chosen, chosen_name = model, name
+
+    candidates = [(f"step {best_step}", best)]
+    folders = checkpoints(run.folder / "checkpoints")[-args.average_checkpoints :]
+    if args.average_checkpoints > 1 and [step_of(folder) for folder in folders] != [best_step]:
+        models = (load_encoder(str(folder), **options) for folder in folders)
         name = f"mean of steps {', '.join(str(step_of(folder)) for folder in folders)}"
-        candidates[name] = mean_weights(models, [1 / len(models)] * len(models))
+        mean = mean_weights(models, [1 / len(folders)] * len(folders))
+        consider(name, mean)
+        candidates.append((name, mean))
     if share := args.start_weight:
         start = load_encoder(args.model_name_or_path, pooling=args.pooling, **options)
-        for name, model in list(candidates.items()):
+        for name, model in candidates:
             mixed = mean_weights([model, start], [1 - share, share])
-            candidates[f"{name}, {share:g} of the start"] = mixed
-    tried = {f"step {best_step}": best_scores}
-    for name, model in candidates.items():
-        if name not in tried:
-            tried[name] = dev(model, steps=best_step)
-        print(f"{name}: {dev}: {spearman_line(tried[name])}", file=sys.stderr)
-    # Of equals the first, which is the best checkpoint.
-    chosen = max(candidates, key=lambda name: tried[name]["cosine_spearman"])
-    return candidates[chosen], chosen, tried
+            consider(f"{name}, {share:g} of the start", mixed)
+    return chosen, chosen_name, tried

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 from pathlib import Path
@@ -322,16 +321,6 @@ def usable_positions(model: SentenceTransformer) -> int | None:
     return positions - first_position(model)
 
 
-def device_name(device: str | torch.device) -> str:
-    """Returns the GPU's name, or the processor's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def default_prompt(model: SentenceTransformer) -> str:
     """Returns what the model puts before every sentence unless told otherwise; "" for nothing."""
     return model.prompts.get(model.default_prompt_name) or ""
@@ -392,14 +381,18 @@ def lift_code(folder: Path) -> None:
             shutil.copy(path, folder / path.name)
 
 
+def check_embeddings(model: SentenceTransformer) -> np.ndarray:
+    """Returns what the model gives for `CHECK_SENTENCES`, (sentences, dimension) float32."""
+    was_training = model.training
+    embeddings = model.encode(CHECK_SENTENCES, show_progress_bar=False)
+    model.train(was_training)
+    return embeddings
+
+
 def _check_saved(model: SentenceTransformer, folder: Path, trust_remote_code: bool) -> None:
     """Raises `OSError` unless the folder gives the embeddings that the model gives."""
     saved = load_encoder(str(folder), trust_remote_code=trust_remote_code, device=str(model.device))
-    was_training = model.training
-    expected, found = (
-        encoder.encode(CHECK_SENTENCES, show_progress_bar=False) for encoder in (model, saved)
-    )
-    model.train(was_training)
+    expected, found = check_embeddings(model), check_embeddings(saved)
     if not np.array_equal(expected, found):
         raise OSError(None, "what was saved does not give the model's embeddings", str(folder))
 

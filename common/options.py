@@ -98,8 +98,8 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         "--precision",
         choices=("fp32", "bf16", "fp16", "auto"),
         default="fp32",
-        help="fp32 as the original; auto takes bf16 where the GPU has it; bf16 on a CPU is faster "
-        "only where it has instructions for it (avx512_bf16, amx_bf16)",
+        help="fp32 as the original; auto takes bf16 where the GPU has it, or the CPU has "
+        "instructions for it (avx512_bf16, amx_bf16) and is faster with them",
     )
     add = parser.add_argument_group("Matryoshka (https://arxiv.org/abs/2205.13147)").add_argument
     add(

@@ -12,15 +12,11 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-import re
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -30,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from common.checkpoints import last_checkpoint
 from common.command_line import (
     REPOSITORY,
     UserError,
@@ -41,8 +38,9 @@ from common.command_line import (
     write_json,
     write_text,
 )
-from common.encoders import device_name, model_folder, save_encoder, weight_files
+from common.encoders import model_folder, save_encoder, weight_files
 from common.evaluation import SCORE_KEYS, SIMILARITIES, spearman_line
+from common.machine import cost_of, device_name, process_cost, training_precision
 from common.scoring import PairsEvaluator
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "datasets", "accelerate", "numpy")
@@ -50,8 +48,6 @@ PACKAGES = ("sentence-transformers", "transformers", "torch", "datasets", "accel
 # or say where something is whose content is compared.
 FREE_ON_RESUME = ("resume", "run_dir", "output_dir", "push_to_hub", "no_test", "trust_remote_code")
 FREE_ON_RESUME += ("data_dir", "train_files", "model_name_or_path")
-MANIFEST = "manifest.json"
-
 Scores = dict[str, float]
 
 
@@ -64,6 +60,7 @@ class Run:
         args: what the command line said; never changed.
         checkpoint: the whole checkpoint that --resume goes on from; None starts at step 0.
         is_main: whether this is the process that writes.
+        precision: fp32, bf16 or fp16, what training computes in: --precision auto is decided once.
         lock: keeps other runs out of the folder until the process ends, however it ends.
     """
 
@@ -71,6 +68,7 @@ class Run:
     args: argparse.Namespace
     checkpoint: Path | None
     is_main: bool
+    precision: str
     lock: FileLock | None = None
 
 
@@ -86,7 +84,7 @@ class Result:
         tried: dev scores of the best checkpoint and of the means of weights, where any were asked
             for, by name.
         chosen: name of the weights in `model`: `step N`, or one of `tried`.
-        figures: steps, seconds, peak memory and precision, as run.json keeps them.
+        figures: steps, precision, prompt and cost of each part, as run.json keeps them.
     """
 
     model: SentenceTransformer
@@ -155,6 +153,7 @@ def open_run(
     # Every process takes the first one's folder: clocks differ.
     (folder,) = broadcast_object_list([folder])
     is_main, lock, checkpoint = PartialState().is_main_process, None, None
+    precision = args.precision
     if is_main:
         begun = {"data": data, "start_model": start_model(args.model_name_or_path, model)}
         begun["processes"] = PartialState().num_processes
@@ -167,10 +166,12 @@ def open_run(
         if args.resume:
             _check_same_contents(folder, begun)
             checkpoint = last_checkpoint(folder / "checkpoints")
+            precision = read_json(folder / "run.json")["precision"]
         else:
+            begun["precision"] = precision = training_precision(args.precision)
             _begin(folder, args, begun)
-    (checkpoint,) = broadcast_object_list([checkpoint])
-    return Run(folder, args, checkpoint, is_main, lock)
+    checkpoint, precision = broadcast_object_list([checkpoint, precision])
+    return Run(folder, args, checkpoint, is_main, precision, lock)
 
 
 def start_model(name_or_path: str, model: SentenceTransformer) -> dict[str, Any]:
@@ -248,57 +249,6 @@ def _git_commit() -> str | None:
         return None  # not a clone: a downloaded archive has no commit
 
 
-# --- Checkpoints -----------------------------------------------------------------------------
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoint folders, whole or not, the oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r".*-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the step that a checkpoint's name says."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def seal_checkpoint(checkpoint: Path, best_step: int | None, keep_last: int) -> None:
-    """Makes a written checkpoint count, and removes those that are no longer needed.
-
-    A checkpoint counts once its manifest is there, which names each file's sha256; the best and
-    the last `keep_last` stay.
-    """
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
-    write_json(checkpoint / MANIFEST, hashes)
-    for other in checkpoints(checkpoint.parent)[:-keep_last]:
-        if step_of(other) != best_step:
-            # The manifest goes first: half a checkpoint must not look like a whole one.
-            (other / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(other)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the last whole checkpoint, and removes what a kill left half-written after it.
-
-    Raises:
-        UserError: a checkpoint was whole and is damaged now.
-    """
-    for checkpoint in reversed(checkpoints(folder)):
-        if not (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)
-            continue
-        for name, expected in read_json(checkpoint / MANIFEST).items():
-            path = checkpoint / name
-            if not path.is_file() or file_sha256(path) != expected:
-                raise UserError(
-                    f"{path}: damaged: its content is not what was saved; "
-                    f"remove {checkpoint} to go on from an earlier step"
-                )
-        return checkpoint
-    return None
-
-
 # --- What a run leaves -----------------------------------------------------------------------
 
 
@@ -320,8 +270,10 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
     if scores["before_training"]:
         print(f"{dev.file} before training:  {spearman_line(scores['before_training'])}")
     print(f"{dev.file}, best ({result.chosen}): {spearman_line(result.scores)}")
+    parts = result.figures["parts"]
     if test is not None:
-        test_scores = test(result.model)
+        with cost_of("test scores", parts):
+            test_scores = test(result.model)
         scores |= {"test_file": test.file, "test_pairs": len(test.pairs), "test": test_scores}
         print(f"{test}, x100:")
         print("  ".join(key for key in SCORE_KEYS))
@@ -330,16 +282,13 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
             if key.startswith("cosine_spearman@"):
                 print(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
     write_json(run.folder / "scores.json", scores)
-    plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
-    write_text(run.folder / "README.md", model_card(run, result.model, scores))
-    save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
+    with cost_of("saving", parts):
+        plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
+        write_text(run.folder / "README.md", model_card(run, result.model, scores))
+        save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
     content = read_json(run.folder / "run.json") | result.figures
-    content["weights"] = weight_hashes(run.folder)
-    total = time.time() - psutil.Process().create_time()  # of this process, imports included
-    write_json(
-        run.folder / "run.json",
-        content | {"total_wall_seconds": round(total, 2), "finished": _now()},
-    )
+    content |= {"weights": weight_hashes(run.folder), "whole": process_cost(), "finished": _now()}
+    write_json(run.folder / "run.json", content)
     print(f"finished: {run.folder}")
     if run.args.push_to_hub:
         push(run.folder, run.args.push_to_hub)

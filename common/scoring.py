@@ -13,6 +13,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 
 from common.command_line import UserError
+from common.encoders import default_prompt
 from common.evaluation import correlations
 from common.exported import OnnxEncoder
 
@@ -113,7 +114,7 @@ class PairsEvaluator(BaseEvaluator):
         """Returns the scores in [-1, 1]; raises FloatingPointError for NaN embeddings."""
         wall, cpu = time.perf_counter(), time.process_time()
         sentences, pairs = distinct_sentences(self.pairs)
-        embeddings = model.encode(sentences, batch_size=32, show_progress_bar=False)
+        embeddings = encode_distinct(model, sentences, default_prompt(model))
         first, second = embeddings[pairs]
         scores = {}
         try:

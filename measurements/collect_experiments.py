@@ -66,7 +66,7 @@ def read_run(folder: Path, group: str) -> dict[str, Any]:
         }
         names = ("git_commit", "started", "finished", "data", "versions")
         row |= {key: run[key] for key in names}
-        row |= {key: run.get(key) for key in FIGURES}
+        row |= {key: run.get(key) for key in FIGURES} | _costs(run)
         evaluations, tried = scores.get("evaluations", []), scores.get("tried")
         return row | {
             "before_training": _cosine_spearman(scores.get("before_training")),
@@ -78,6 +78,23 @@ def read_run(folder: Path, group: str) -> dict[str, Any]:
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: run.json or scores.json is not that of a run") from None
+
+
+def _costs(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the log's figures of what the run cost; {} for runs that say it in these already."""
+    if "parts" not in run:
+        return {}
+    parts, whole = run["parts"], run["whole"]
+    costs = {
+        f"{name}_{key}": parts[part][key]
+        for name, part in (("training", "training"), ("evaluation", "dev scores"))
+        for key in ("wall_seconds", "cpu_seconds")
+    }
+    return costs | {
+        "startup_seconds": parts["start"]["wall_seconds"],
+        "total_wall_seconds": whole["wall_seconds"],
+        "peak_memory_mb": whole["peak_memory_mb"],
+    }
 
 
 def _cosine_spearman(scores: dict[str, float] | None) -> float | None:

@@ -34,7 +34,7 @@ def test_the_means_of_weights_and_which_dev_prefers(encoder: Path, tmp_path: Pat
         pooling=None,
         trust_remote_code=False,
     )
-    run = Run(tmp_path, args, checkpoint=None, is_main=True)
+    run = Run(tmp_path, args, checkpoint=None, is_main=True, precision="fp32")
     seen = []
 
     def evaluate(model: SentenceTransformer, steps: int, wanted: float) -> dict[str, float]:

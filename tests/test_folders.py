@@ -117,7 +117,10 @@ def test_a_run_with_code_is_whole(add_code: object, saved: Path, tmp_path: Path)
         assert done.returncode == 0, done.stderr
 
 
-def test_a_resumed_run_may_trust_what_the_first_did(saved: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_trust_what_the_first_did(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())  # the one before the last, too
     add_module_with_code(saved, tmp_path / "ran")
     folder = tmp_path / "run"
     done = train(saved, folder, "--trust_remote_code", "--save_steps", 1,

@@ -18,7 +18,7 @@ from commands import KORNLU, OFFLINE, SAMPLES, command, run, start, weights
 from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
-from common.run_folder import last_checkpoint
+from common.checkpoints import changed_file, checkpoints, last_checkpoint, step_of
 
 
 def checkpoint_states(folder: Path, name: str) -> set[str]:
@@ -107,6 +107,7 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
 ) -> None:
     folder = tmp_path / "run"
     options = ["--max_steps", 2, "--save_steps", 1, "--no_test", "--run_dir", folder]
+    options += ["--average_checkpoints", 2]
     assert run("training_sts.py", encoder, *options).returncode == 0
     again = run("training_sts.py", encoder, *options, "--resume")
     assert again.returncode == 2
@@ -123,11 +124,29 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
     damaged = run("training_sts.py", encoder, *options, "--resume")
     assert damaged.returncode == 2
     assert damaged.stderr.splitlines()[-1].startswith(f"error: {optimizer}: damaged")
+    shutil.rmtree(optimizer.parent)
+    gone = run("training_sts.py", encoder, *options, "--resume")
+    assert gone.returncode == 2
+    assert "checkpoint-1: weights alone" in gone.stderr.splitlines()[-1]
     busy = FileLock(folder / ".lock")
     with busy:
         second = run("training_sts.py", encoder, *options, "--resume")
     assert second.returncode == 2
     assert "another run is at work in this folder" in second.stderr
+
+
+def test_only_the_newest_checkpoint_holds_more_than_weights(encoder: Path, tmp_path: Path) -> None:
+    done = run("training_sts.py", encoder, "--max_steps", 6, "--save_steps", 1, "--no_test",
+               "--average_checkpoints", 3, "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = checkpoints(tmp_path / "run/checkpoints")
+    assert {4, 5, 6} <= {step_of(folder) for folder in found}
+    for folder in found:
+        names = {path.name for path in folder.iterdir()}
+        state = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+        assert names & state == (state if folder is found[-1] else set())
+        assert {"model.safetensors", "embeddings.npy", "trainer_state.json"} <= names
+        assert changed_file(folder) is None  # its manifest names what is there, and no more
 
 
 def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) -> None:

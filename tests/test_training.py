@@ -17,11 +17,12 @@ from encoders import edit_json
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
+from common import checkpoints, machine
+from common.checkpoints import last_checkpoint
 from common.data import read_korsts
 from common.encoders import default_prompt, load_encoder
 from common.evaluation import correlations
 from common.options import recipe_parser
-from common.run_folder import last_checkpoint
 from common.scoring import PairsEvaluator
 from common.training import AdamWPerTask, load_model
 from training_sts import PearsonLoss
@@ -249,28 +250,99 @@ def test_a_model_kept_in_half_precision_trains_and_is_saved_in_fp32(
 def test_a_readback_may_differ_by_rounding_and_by_no_more(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = PairsEvaluator.__call__
+    embed = checkpoints.check_embeddings
 
     def run_with(change: float, name: str) -> subprocess.CompletedProcess:
-        calls = []
-
-        def changed(self: PairsEvaluator, *args: object, **options: object) -> dict[str, float]:
-            scores = score(self, *args, **options)
-            calls.append(scores)
-            if len(calls) == 3:  # before, after, read back
-                scores["cosine_spearman"] += change
-            return scores
-
-        monkeypatch.setattr(PairsEvaluator, "__call__", changed)
+        monkeypatch.setattr(checkpoints, "check_embeddings", lambda model: embed(model) + change)
         return run("training_sts.py", encoder, "--max_steps", 1, "--no_test",
                    "--run_dir", tmp_path / name)  # fmt: skip
 
     assert run_with(2e-6, "rounding").returncode == 0
-    for change in (2e-4, float("nan")):
+    for change in (1e-2, float("nan")):
         done = run_with(change, str(change))
         assert done.returncode == 1
-        assert "when read back, and gave" in done.stderr.splitlines()[-1]
+        assert "gives other embeddings when read back" in done.stderr.splitlines()[-1]
         assert not (tmp_path / str(change) / "modules.json").exists()
+
+
+def test_each_model_is_scored_once(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+    score = PairsEvaluator.__call__
+
+    def counted(self: PairsEvaluator, model: SentenceTransformer, *args: object, **options: object):
+        scored.append(self.file)
+        return score(self, model, *args, **options)
+
+    monkeypatch.setattr(PairsEvaluator, "__call__", counted)
+    done = run("training_sts.py", encoder, "--max_steps", 2, "--save_steps", 1,
+               "--average_checkpoints", 2, "--start_weight", 0.5,
+               "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Before training, the best step, the mean, and both with the start; then the chosen one.
+    assert scored == ["sts-dev.tsv"] * 5 + ["sts-test.tsv"]
+
+
+def test_run_json_says_what_each_part_cost(encoder: Path, tmp_path: Path) -> None:
+    done = run("training_sts.py", encoder, "--max_steps", 2, "--start_weight", 0.5,
+               "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "run/run.json").read_text())
+    parts, whole = content["parts"], content["whole"]
+    assert list(parts) == ["start", "training", "dev scores", "reading back", "means",
+                           "test scores", "saving"]  # fmt: skip
+    for key in ("wall_seconds", "cpu_seconds"):
+        costs = [part[key] for part in parts.values()]
+        assert all(cost >= 0 for cost in costs) and parts["training"][key] > 0
+        assert sum(costs) <= whole[key] + 0.1
+    assert whole["peak_memory_mb"] > 100
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "times_as_fast", "taken"),
+    [
+        ({"amx_bf16": True}, 1.8, "bf16 (amx_bf16: products of matrices 1.8 times as fast"),
+        ({"avx512_bf16": True}, 1.8, "bf16 (avx512_bf16: products of matrices 1.8 times as fast"),
+        ({"avx512_bf16": True}, 0.9, "fp32 (avx512_bf16: products of matrices 0.9 times as fast"),
+        ({"avx2": True}, None, "fp32 (no amx_bf16 or avx512_bf16 here)"),
+    ],
+)
+def test_precision_auto_takes_bf16_where_it_is_faster(
+    capabilities: dict[str, bool],
+    times_as_fast: float | None,
+    taken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    # None: not measured where it cannot be faster.
+    monkeypatch.setattr(machine, "bf16_times_as_fast", times_as_fast and (lambda: times_as_fast))
+    assert machine.training_precision("auto") == taken[:4]
+    assert capsys.readouterr().err.startswith(f"precision auto: {taken}")
+    assert machine.training_precision("fp32") == "fp32"
+    assert capsys.readouterr().err == ""
+
+
+def test_precision_auto_is_decided_once(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--max_steps", 4, "--save_steps", 2, "--precision", "auto", "--no_test"]
+    options += ["--run_dir", tmp_path / "run"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(machine, "bf16_times_as_fast", lambda: 2.0)
+    assert run("training_sts.py", encoder, *options).returncode == 0
+    run_file = tmp_path / "run/run.json"
+    content = json.loads(run_file.read_text())
+    assert content["precision"] == "bf16"
+    run_file.write_text(json.dumps(content | {"finished": None}))
+    shutil.rmtree(tmp_path / "run/checkpoints")  # from the start, on another machine
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    done = run("training_sts.py", encoder, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(run_file.read_text())
+    assert again["precision"] == "bf16" and again["weights"] == content["weights"]
 
 
 def test_training_runs_without_the_modules_that_windows_lacks(
@@ -280,7 +352,7 @@ def test_training_runs_without_the_modules_that_windows_lacks(
         monkeypatch.setitem(sys.modules, name, None)
     done = run("training_sts.py", encoder, "--max_steps", 1, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/run.json").read_text())["peak_memory_mb"] > 100
+    assert json.loads((tmp_path / "run/run.json").read_text())["whole"]["peak_memory_mb"] > 100
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
