@@ -61,7 +61,7 @@ class Run:
         checkpoint: the whole checkpoint that --resume goes on from; None starts at step 0.
         is_main: whether this is the process that writes.
         precision: fp32, bf16 or fp16, what training computes in: --precision auto is decided once.
-        lock: keeps other runs out of the folder until the process ends, however it ends.
+        lock: keeps other runs out of the folder until it is finished or the process ends.
     """
 
     folder: Path
@@ -289,6 +289,8 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
     content = read_json(run.folder / "run.json") | result.figures
     content |= {"weights": weight_hashes(run.folder), "whole": process_cost(), "finished": _now()}
     write_json(run.folder / "run.json", content)
+    if run.lock is not None:
+        run.lock.release()
     print(f"finished: {run.folder}")
     if run.args.push_to_hub:
         push(run.folder, run.args.push_to_hub)
