@@ -11,12 +11,12 @@ A room may import those above it in this list, never one below (tests/test_house
     scoring         pairs of sentences encoded and scored
     batches         orders of rows: shuffled, without duplicates, shared among processes
     packing         one forward without padding for all columns of a batch
+    results         result files, their tables, the generated parts of Markdown files
     checkpoints     which are whole, which are needed, reading one back
     run_folder      a run on disk: options, data, resume, scores, model card, upload
     averaging       means of weights, and which of them dev prefers
     options         the options that all recipes have, and their checks
     training        the trainer, its callbacks, `train`
-    results         result files, their tables, the generated parts of Markdown files
     experiment_log  the log of training runs: rows, groups, tables
     plots           the pictures of results/
 """

@@ -81,6 +81,17 @@ def read_results(results_dir: Path) -> list[dict]:
     return sorted(results, key=lambda row: (-row["scores"]["cosine_spearman"], row["name"]))
 
 
+def nearest_published(results_dir: Path, score: float, count: int = 3) -> list[tuple[str, float]]:
+    """Returns (name, cosine Spearman) of the published KorSTS results nearest to a score."""
+    rows = []
+    for path in sorted(results_dir.glob("*.published.json")):
+        row = read_json(path)
+        if row["dataset"] == "korsts":
+            rows.append((row["name"], row["scores"]["cosine_spearman"]))
+    nearest = sorted(rows, key=lambda row: (abs(row[1] - score), row[0]))[:count]
+    return sorted(nearest, key=lambda row: -row[1])
+
+
 # --- Tables ----------------------------------------------------------------------------------
 
 

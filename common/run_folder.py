@@ -39,8 +39,9 @@ from common.command_line import (
     write_text,
 )
 from common.encoders import model_folder, save_encoder, weight_files
-from common.evaluation import SCORE_KEYS, SIMILARITIES, spearman_line
+from common.evaluation import SCORE_KEYS, SIMILARITIES, bootstrap, interval, spearman_line
 from common.machine import cost_of, device_name, process_cost, training_precision
+from common.results import nearest_published
 from common.scoring import PairsEvaluator
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "datasets", "accelerate", "numpy")
@@ -273,14 +274,24 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
     parts = result.figures["parts"]
     if test is not None:
         with cost_of("test scores", parts):
-            test_scores = test(result.model)
+            embeddings = test.embed(result.model)
+            test_scores = test.scores_of(*embeddings)
+            samples = bootstrap(*embeddings, test.pairs["score"])["cosine_spearman"]
+        low, high = interval(samples)
         scores |= {"test_file": test.file, "test_pairs": len(test.pairs), "test": test_scores}
+        scores["test_interval"] = [low, high]
         print(f"{test}, x100:")
         print("  ".join(key for key in SCORE_KEYS))
         print("  ".join(f"{100 * test_scores[key]:{len(key)}.2f}" for key in SCORE_KEYS))
         for key, value in test_scores.items():
             if key.startswith("cosine_spearman@"):
                 print(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
+        score = test_scores["cosine_spearman"]
+        print(f"cosine_spearman {100 * score:.2f} [{100 * low:.2f}, {100 * high:.2f}] (95%)")
+        records = {record["file"]: record for record in read_json(run.folder / "run.json")["data"]}
+        if test.file in records and records[test.file]["published"]:
+            for name, value in nearest_published(REPOSITORY / "results", score):
+                print(f"published: {100 * value:.2f} {name}")
     write_json(run.folder / "scores.json", scores)
     with cost_of("saving", parts):
         plot_scores(run.folder / "scores.png", dev.file, result.evaluations)

@@ -113,18 +113,25 @@ class PairsEvaluator(BaseEvaluator):
     ) -> dict[str, float]:
         """Returns the scores in [-1, 1]; raises FloatingPointError for NaN embeddings."""
         wall, cpu = time.perf_counter(), time.process_time()
-        sentences, pairs = distinct_sentences(self.pairs)
-        embeddings = encode_distinct(model, sentences, default_prompt(model))
-        first, second = embeddings[pairs]
-        scores = {}
         try:
-            width = embeddings.shape[1]
-            for dim in dict.fromkeys([width, *self.dims]):
-                suffix = "" if dim == width else f"@{dim}"
-                result = correlations(first[:, :dim], second[:, :dim], self.pairs["score"])
-                scores |= {key + suffix: value for key, value in result.items()}
+            scores = self.scores_of(*self.embed(model))
         except ValueError as error:
             raise FloatingPointError(f"step {steps}: {error}") from None
         self.cpu_seconds += time.process_time() - cpu
         self.wall_seconds += time.perf_counter() - wall
+        return scores
+
+    def embed(self, model: SentenceTransformer) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the embeddings of sentence1 and of sentence2, (pairs, dimension) float32."""
+        sentences, pairs = distinct_sentences(self.pairs)
+        first, second = encode_distinct(model, sentences, default_prompt(model))[pairs]
+        return first, second
+
+    def scores_of(self, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+        """Returns the scores of what `embed` gave; raises ValueError where it is not finite."""
+        scores, width = {}, first.shape[1]
+        for dim in dict.fromkeys([width, *self.dims]):
+            suffix = "" if dim == width else f"@{dim}"
+            result = correlations(first[:, :dim], second[:, :dim], self.pairs["score"])
+            scores |= {key + suffix: value for key, value in result.items()}
         return scores

@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
 
 from check_onnx import OPSET, CheckFailed, check_file  # noqa: E402
-from measure_onnx import measure, write_results  # noqa: E402
+from measure_onnx import measure, score_files, score_line, write_results  # noqa: E402
 from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
 
 from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
@@ -314,6 +314,8 @@ def parse_arguments() -> argparse.Namespace:
     loss = "points of KorSTS-test cosine Spearman (x100) that int8 may lose"
     add("--max_loss", type=float, default=0.5, help=loss)
     add("--force", action="store_true", help="keep an int8 file that loses more")
+    speed = "with --quantize: compare scores alone, without timing; no measurement is kept"
+    add("--no_speed", action="store_true", help=speed)
     results = "measurements go to onnx/NAME.json in it"
     add("--results_dir", type=Path, default=HERE.parent / "results", help=results)
     code = "run Python code that the model carries: it can do anything on this machine"
@@ -377,8 +379,13 @@ def export(args: argparse.Namespace) -> None:
             )
             onnx.checker.check_model(int8, full_check=True)
             print("measuring on KorSTS-test", file=sys.stderr)
-            rows = measure(model, tokenizer, {"ONNX fp32": target, "ONNX int8": int8}, test)
-            print("\n".join(onnx_table(rows)))
+            files = {"ONNX fp32": target, "ONNX int8": int8}
+            if args.no_speed:
+                rows = score_files(tokenizer, files, test, default_prompt(model))
+                print(score_line(rows))
+            else:
+                rows = measure(model, tokenizer, files, test)
+                print("\n".join(onnx_table(rows)))
             lost = 100 * rows[-1]["lost"]
             if not lost <= args.max_loss and not args.force:
                 remove(target.with_name(int8.name))  # an older one would pass for this one
@@ -387,6 +394,8 @@ def export(args: argparse.Namespace) -> None:
                     "not written (--force keeps it)"
                 )
             deliver(int8, target.with_name(int8.name))
+            if args.no_speed:
+                return
             results = args.results_dir / "onnx" / f"{target.stem}.json"
             write_results(results, settings["model"], settings["revision"], rows)
 

@@ -29,6 +29,7 @@ from common.encoders import default_prompt, model_folder, weight_files
 from common.evaluation import bootstrap, correlations, interval
 from common.exported import embed
 
+Encode = Callable[[list[str], int], np.ndarray]
 ROUNDS = 3
 SENTENCES = {32: 1024, 1: 128}  # timed in a round, by batch size
 INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
@@ -87,13 +88,6 @@ def measure(
         cosine_spearman and, against the first row, lost and lost_interval (paired bootstrap).
     """
     prompt = default_prompt(model)
-
-    def encoder(path: Path) -> Callable[[list[str], int], np.ndarray]:
-        session = onnxruntime.InferenceSession(path)
-        return lambda sentences, batch_size: embed(
-            session, tokenizer, [prompt + sentence for sentence in sentences], batch_size
-        )
-
     folder = model_folder(model)
     rows = [
         {
@@ -108,15 +102,9 @@ def measure(
         )
     ]
     for name, path in files.items():
-        parts = [path, path.with_name(f"{path.name}.data")]
-        rows.append(
-            {
-                "encoder": name,
-                "size_bytes": sum(part.stat().st_size for part in parts if part.is_file()),
-                "first_embedding_seconds": first_embedding_seconds("onnxruntime", path),
-            }
-        )
-        encoders.append(encoder(path))
+        seconds = first_embedding_seconds("onnxruntime", path)
+        rows.append(file_row(name, path) | {"first_embedding_seconds": seconds})
+        encoders.append(file_encoder(path, tokenizer, prompt))
 
     sentences = list(dict.fromkeys([*test["sentence1"], *test["sentence2"]]))
     for batch_size, count in SENTENCES.items():
@@ -133,6 +121,49 @@ def measure(
             best = min(seconds[row["encoder"]])
             row[f"sentences_per_second_{batch_size}"] = len(sample) / best
 
+    score_rows(rows, encoders, test)
+    return rows
+
+
+def score_files(
+    tokenizer: Tokenizer, files: dict[str, Path], test: pd.DataFrame, prompt: str
+) -> list[dict]:
+    """Returns the rows of `measure` without times, and without sentence-transformers' own row.
+
+    What is lost is against the first file.
+    """
+    rows = [file_row(name, path) for name, path in files.items()]
+    score_rows(rows, [file_encoder(path, tokenizer, prompt) for path in files.values()], test)
+    return rows
+
+
+def score_line(rows: list[dict]) -> str:
+    """Returns sizes, scores (x100) and the loss of the last row in a line."""
+    sizes = ", ".join(f"{row['encoder']} {row['size_bytes'] / 1e6:.1f} MB" for row in rows)
+    scores = ", ".join(f"{100 * row['cosine_spearman']:.2f}" for row in rows)
+    low, high = (100 * end for end in rows[-1]["lost_interval"])
+    lost = f"{100 * rows[-1]['lost']:.2f} [{low:.2f}, {high:.2f}] lost"
+    return f"{sizes}; cosine Spearman {scores}: {lost}"
+
+
+def file_row(name: str, path: Path) -> dict:
+    """Returns the beginning of an exported file's row: encoder and size_bytes."""
+    parts = [path, path.with_name(f"{path.name}.data")]
+    size = sum(part.stat().st_size for part in parts if part.is_file())
+    return {"encoder": name, "size_bytes": size}
+
+
+def file_encoder(path: Path, tokenizer: Tokenizer, prompt: str) -> Encode:
+    """Returns a function of sentences and batch size that gives an exported file's embeddings."""
+    session = onnxruntime.InferenceSession(path)
+    return lambda sentences, batch_size: embed(
+        session, tokenizer, [prompt + sentence for sentence in sentences], batch_size
+    )
+
+
+def score_rows(rows: list[dict], encoders: list[Encode], test: pd.DataFrame) -> None:
+    """Adds cosine_spearman and, against the first row, lost and lost_interval."""
+    sentences = list(dict.fromkeys([*test["sentence1"], *test["sentence2"]]))
     resampled = []
     for row, encode in zip(rows, encoders, strict=True):
         vectors = dict(zip(sentences, encode(sentences, 32), strict=True))
@@ -142,7 +173,6 @@ def measure(
         resampled.append(bootstrap(*pair, scores)["cosine_spearman"])
         row["lost"] = rows[0]["cosine_spearman"] - row["cosine_spearman"]
         row["lost_interval"] = interval(resampled[0] - resampled[-1])
-    return rows
 
 
 def write_results(path: Path, model: str, revision: str, rows: list[dict]) -> None:

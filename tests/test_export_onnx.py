@@ -408,6 +408,20 @@ def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
     assert str(tmp_path) not in json.dumps(content)
 
 
+def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_path, bert, export):
+    status, error = export(bert, "--quantize", "int8", "--data_dir", SAMPLES, "--force",
+                           "--no_speed", "--results_dir", tmp_path / "results")  # fmt: skip
+    assert status == 0, error
+    size = (tmp_path / "out/tiny-int8.onnx").stat().st_size / 1e6
+    number = r"-?\d+\.\d\d"
+    assert re.fullmatch(
+        rf"ONNX fp32 \d+\.\d MB, ONNX int8 {size:.1f} MB; cosine Spearman {number}, {number}: "
+        rf"{number} \[{number}, {number}\] lost\n",
+        export.out,
+    )
+    assert not (tmp_path / "results").exists()
+
+
 def test_int8_is_the_same_bytes_twice(tmp_path, bert, export):
     arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--force", "--results_dir", tmp_path]
     outputs = [tmp_path / name / "tiny.onnx" for name in ("first", "second")]

@@ -74,6 +74,10 @@ def test_a_run_leaves_a_finished_folder(
         scores["test"]["cosine_spearman"], abs=1e-6
     )
     assert "sts-test.tsv, 48 pairs" in done.stdout
+    low, high = scores["test_interval"]
+    assert low < scores["test"]["cosine_spearman"] < high
+    assert f" [{100 * low:.2f}, {100 * high:.2f}] (95%)\n" in done.stdout
+    assert "published:" not in done.stdout  # those are scores on another file
 
 
 def test_a_stage_goes_on_from_a_run_folder_and_a_dead_run_says_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from common import results
 from common.command_line import REPOSITORY, UserError, read_json
+from common.results import nearest_published
 
 TRAIN_SH = (REPOSITORY / "train.sh").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -82,3 +84,18 @@ def test_a_marker_of_no_part_is_named(tmp_path: Path) -> None:
     page.write_text("<!-- results:odd -->\n<!-- /results:odd -->\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"page\.md: no part results:odd; there are all, onnx"):
         results.write_parts(page, {"all": "", "onnx": ""})
+
+
+def test_the_nearest_published_results_are_of_korsts_and_sorted(tmp_path: Path) -> None:
+    for name, dataset, score in (
+        ("a/far", "korsts", 0.7), ("a/below", "korsts", 0.81), ("a/above", "korsts", 0.84),
+        ("b/above", "korsts", 0.83), ("a/other", "klue-sts", 0.82),
+    ):  # fmt: skip
+        content = {"name": name, "dataset": dataset, "scores": {"cosine_spearman": score}}
+        file = tmp_path / f"{name.replace('/', '--')}.published.json"
+        file.write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "measured.json").write_text("{", encoding="utf-8")  # not read
+    assert nearest_published(tmp_path, 0.82) == [
+        ("a/above", 0.84), ("b/above", 0.83), ("a/below", 0.81)
+    ]  # fmt: skip
+    assert nearest_published(tmp_path, 0.7, count=1) == [("a/far", 0.7)]
