@@ -1,0 +1,235 @@
+"""Measures whole runs: the short v2 of this repository against the original's own script.
+
+    python measurements/measure_whole_run.py --old_python OLD/bin/python \
+        --model models/e5-small-ko --data_dir KorNLUDatasets
+
+OLD is an environment with sentence-transformers 2.7 and transformers 4. Counted is everything from
+the start of the process to its end: imports, dev scores, checkpoints, means, test. The original
+trains --old_epochs epochs (its five are equal: CPU seconds of the rest are those of the measured
+ones) and ours one run a seed, in turn with them. Dev scores by epoch and the test score of the
+original come from results/experiments/original-2.7-777.json. Everything goes to whole_run.json
+beside this script. Give it a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+EPOCHS = 5  # the original's
+# train.sh's e5-small-ko-v2-short, but for its precision.
+SHORT = [
+    "--loss", "pearson", "--batch_size", "32", "--learning_rate", "5e-5", "--attention_dropout",
+    "0", "--hidden_dropout", "0", "--prompt", "query: ", "--num_epochs", "1", "--start_weight",
+    "0.25",
+]  # fmt: skip
+
+
+def fit_old(model_name: str, data_dir: Path, epochs: int) -> dict[str, Any]:
+    """The original's training_sts.py in short; returns what each part cost."""
+    import torch
+    from sentence_transformers import InputExample, SentenceTransformer, losses
+    from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
+    from torch.utils.data import DataLoader
+
+    def examples(name: str) -> list[InputExample]:
+        with open(data_dir / f"KorSTS/sts-{name}.tsv", encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return [
+                InputExample(
+                    texts=[row["sentence1"], row["sentence2"]], label=float(row["score"]) / 5
+                )
+                for row in rows
+            ]
+
+    def clock() -> tuple[float, float]:
+        return time.time(), time.process_time()
+
+    torch.manual_seed(777)
+    model = SentenceTransformer(model_name)
+    model.max_seq_length = 128
+    loader = DataLoader(examples("train"), shuffle=True, batch_size=8)
+    dev = EmbeddingSimilarityEvaluator.from_input_examples(examples("dev"), name="sts-dev")
+    laps = []
+
+    class Timed:
+        """The evaluator, with the times at which it ends."""
+
+        def __call__(self, *args: Any, **options: Any) -> float:
+            score = dev(*args, **options)
+            laps.append((*clock(), score))
+            return score
+
+    with tempfile.TemporaryDirectory() as folder:
+        begin = clock()
+        model.fit(
+            [(loader, losses.CosineSimilarityLoss(model))],
+            evaluator=Timed(),
+            epochs=epochs,
+            evaluation_steps=1000,
+            warmup_steps=-(-len(loader) * EPOCHS // 10),
+            output_path=folder,
+            show_progress_bar=False,
+        )
+        end = clock()
+        model = SentenceTransformer(folder)
+        test = EmbeddingSimilarityEvaluator.from_input_examples(examples("test"), name="sts-test")
+        test(model)
+    after = clock()
+    return {
+        "begin_cpu_seconds": begin[1],
+        "fit_wall_seconds": end[0] - begin[0],
+        "fit_cpu_seconds": end[1] - begin[1],
+        "test_wall_seconds": after[0] - end[0],
+        "test_cpu_seconds": after[1] - end[1],
+        "evaluations": len(laps),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def original(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs the original; returns its row for `runs`, and what was measured."""
+    from common.command_line import read_json
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [args.old_python, __file__, "--old_report", report, "--model", args.model]
+        command += ["--data_dir", args.data_dir, "--old_epochs", args.old_epochs]
+        start = time.time()
+        subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
+        wall = time.time() - start
+        measured = json.loads(report.read_text(encoding="utf-8"))
+    more = EPOCHS / args.old_epochs - 1  # of the measured epochs, those that are still missing
+    epoch_cpu = measured["fit_cpu_seconds"] / args.old_epochs
+    cpu = sum(measured[f"{part}_cpu_seconds"] for part in ("begin", "fit", "test"))
+    measured |= {"epochs_measured": args.old_epochs, "wall_seconds": wall, "cpu_seconds": cpu}
+    known = read_json(REPOSITORY / "results/experiments/original-2.7-777.json")
+    scores = [100 * score for score in known["evaluations"].values()]
+    row = {
+        "name": "original",
+        "seed": known["seed"],
+        "points": [
+            {
+                "cpu_seconds": measured["begin_cpu_seconds"] + (index + 1) * epoch_cpu,
+                "dev_cosine_spearman_x100": score,
+            }
+            for index, score in enumerate(scores)
+        ],
+        "whole_wall_seconds": wall + more * measured["fit_wall_seconds"],
+        "whole_cpu_seconds": cpu + more * measured["fit_cpu_seconds"],
+        "peak_memory_mb": measured["peak_memory_mb"],
+        "dev": max(scores),
+        "test": 100 * known["test"]["cosine_spearman"],
+    }
+    return row, measured
+
+
+def short_v2(args: argparse.Namespace, precision: str, seed: int) -> dict[str, Any]:
+    """Runs the short v2; returns its row for `runs`, with the cost of its parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        command = [sys.executable, REPOSITORY / "training_sts.py", "--run_dir", run_dir, *SHORT]
+        command += ["--model_name_or_path", args.model, "--data_dir", args.data_dir]
+        command += ["--precision", precision, "--seed", seed]
+        subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
+        run, scores = (
+            json.loads((run_dir / name).read_text(encoding="utf-8"))
+            for name in ("run.json", "scores.json")
+        )
+    parts, whole = run["parts"], run["whole"]
+    trained = sum(parts[part]["cpu_seconds"] for part in ("start", "training", "dev scores"))
+    dev = [scores["before_training"], *scores["evaluations"]]
+    half = parts["dev scores"]["cpu_seconds"] / len(dev)
+    times = [parts["start"]["cpu_seconds"] + half, trained]
+    return {
+        "name": f"v2 short, {precision}",
+        "seed": seed,
+        "points": [
+            {
+                "cpu_seconds": seconds,
+                "dev_cosine_spearman_x100": 100 * score["cosine_spearman"],
+            }
+            for seconds, score in zip(times, dev, strict=True)
+        ],
+        "whole_wall_seconds": whole["wall_seconds"],
+        "whole_cpu_seconds": whole["cpu_seconds"],
+        "peak_memory_mb": whole["peak_memory_mb"],
+        "dev": 100 * scores["dev"]["cosine_spearman"],
+        "test": 100 * scores["test"]["cosine_spearman"],
+        "chosen": scores["chosen"],
+        "parts": parts,
+    }
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Runs both sides and writes whole_run.json."""
+    import statistics
+
+    import torch
+
+    from common.command_line import stored_command, write_json
+    from common.machine import device_name
+
+    runs = []
+    for number, seed in enumerate(args.seeds):
+        for precision in args.precisions:
+            runs.append(short_v2(args, precision, seed))
+            print(json.dumps(runs[-1]), file=sys.stderr)
+        if number == 0:
+            row, measured = original(args)
+            print(json.dumps(measured), file=sys.stderr)
+    ratios = {}
+    for precision in args.precisions:
+        mine = [run for run in runs if run["name"].endswith(precision)]
+        for key in ("whole_cpu_seconds", "whole_wall_seconds"):
+            median = statistics.median(run[key] for run in mine)
+            ratios[f"v2 short, {precision}: {key}"] = median / row[key]
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "command": stored_command(),
+        "machine": device_name("cpu"),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "ratios_to_the_original": ratios,
+        "original_measured": measured,
+        "runs": [row, *runs],
+    }
+    write_json(REPOSITORY / "measurements/whole_run.json", report)
+    print(json.dumps(ratios, indent=2))
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--old_python", help="the interpreter of an environment with sentence-transformers 2.7")
+    add("--model", required=True)
+    add("--data_dir", type=Path, required=True)
+    add("--old_epochs", type=int, default=1, help="measured of the original's five")
+    add("--seeds", type=int, nargs="+", default=[777, 778, 779])
+    add("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    add("--old_report", type=Path, help=argparse.SUPPRESS)  # in OLD's own process
+    args = parser.parse_args()
+    if args.old_report:
+        report = fit_old(args.model, args.data_dir, args.old_epochs)
+        args.old_report.write_text(json.dumps(report), encoding="utf-8")
+    else:
+        measure(args)
+
+
+if __name__ == "__main__":
+    main()
