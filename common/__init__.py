@@ -16,5 +16,6 @@ A room may import those above it in this list, never one below (tests/test_house
     training        the trainer, its callbacks, `train`
     results         result files, their tables, the generated parts of Markdown files
     experiment_log  the log of training runs: rows, groups, tables
+    whole_runs      what whole runs cost and give: their table, the first page's
     plots           the pictures of results/
 """
