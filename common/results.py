@@ -167,6 +167,19 @@ def dims_table(results: list[dict], korean: bool = False) -> str:
     return markdown_table(results, columns, korean)
 
 
+def two_corpora_table(results: list[dict]) -> str:
+    """Returns the table of measured models: cosine Spearman on both corpora, with intervals."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in results:
+        low, high = (100 * end for end in row["intervals"]["cosine_spearman"])
+        text = f"{100 * row['scores']['cosine_spearman']:.2f} [{low:.2f}, {high:.2f}]"
+        cells.setdefault(label(row, korean=True), {})[row["dataset"]] = text
+    lines = ["| 모델 | KorSTS-test | KLUE-STS dev |", "| --- | ---: | ---: |"]
+    for name, texts in cells.items():
+        lines.append(f"| {name} | {texts.get('korsts', '')} | {texts.get('klue-sts', '')} |")
+    return "\n".join(lines)
+
+
 def recipe_of(name: str) -> tuple[str, str] | None:
     """Returns the recipe of a published model of the original, and the command that trains it."""
     found = re.fullmatch(r"jhgan/(ko-(\w+)-(multitask|nli|sts)(-mrl)?)", name)
@@ -205,15 +218,15 @@ def tables(results: list[dict]) -> dict[str, str]:
             f"{title}, KorSTS-test x100{intervals}:",
             score_table(rows, korean=True),
         ]
-        if source == "measured":
-            parts["measured"] += [score_table(rows, korean=True, keys=COSINE_KEYS)]
-        elif recipes := [row for row in rows if recipe_of(row["name"])]:
+        if source == "published" and (recipes := [row for row in rows if recipe_of(row["name"])]):
             parts["recipes"] += [recipe_table(recipes)]
         if rows := [row for row in rows if "dims" in row]:
             parts["matryoshka"] += [
                 f"{title}, 차원별 코사인 Spearman x100:",
                 dims_table(rows, korean=True),
             ]
+    if rows := [row for row in results if row["source"] == "measured"]:
+        parts["measured"] += [two_corpora_table(rows)]
     if rows := [row for row in results if row["dataset"] == "klue-sts"]:
         parts["klue-sts"] += [score_table(rows, korean=True)]
     return {marker: "\n\n".join(texts or [NOT_MEASURED]) for marker, texts in parts.items()}

@@ -5,8 +5,8 @@ end, everything counted (imports, dev scores, checkpoints, means of weights, tes
 
     name                    the recipe: "original" (its own script), "v2 short, fp32", ...
     seed                    int
-    points                  [{cpu_seconds, dev_cosine_spearman_x100}]: each dev score that was taken,
-                            and the CPU seconds of the process until then
+    points                  [{cpu_seconds, dev_cosine_spearman_x100}]: each dev score that was
+                            taken, and the CPU seconds of the process until then
     whole_wall_seconds, whole_cpu_seconds
     peak_memory_mb          may be missing or null
     dev, test               cosine Spearman x100 of the finished model; test may be null
