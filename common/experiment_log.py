@@ -325,7 +325,7 @@ def v2_part(rows: dict[str, dict], comparisons: list[Comparison]) -> str:
     script = "원본: `python training_sts.py`"
     cells = [
         side(script, original, whole.b, whole.b_interval, original_wins),
-        side("v2: 아래 명령", v2, whole.a, whole.a_interval, v2_wins),
+        side("v2: 아래 첫 명령", v2, whole.a, whole.a_interval, v2_wins),
     ]
     for each in comparisons:
         label = {
