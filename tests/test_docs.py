@@ -134,7 +134,8 @@ def stored_scores() -> set[str]:
     for folder in ("results", "results/experiments", "results/onnx", "measurements"):
         for path in (REPOSITORY / folder).glob("*.json"):
             collect(read_json(path))
-    found |= set(re.findall(r"\d+\.\d\d", text_of(REPOSITORY / "measurements/v2.txt")))
+    for path in (REPOSITORY / "measurements").glob("*.txt"):
+        found |= set(re.findall(r"\d+\.\d\d", text_of(path)))
     return found | set(re.findall(r"# (\d+\.\d\d)$", text_of(REPOSITORY / "train.sh"), re.M))
 
 
