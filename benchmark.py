@@ -28,7 +28,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util.quantization import quantize_embeddings
 
-from common import experiment_log, plots, results
+from common import experiment_log, plots, results, whole_runs
 from common.command_line import (
     REPOSITORY,
     UserError,
@@ -59,6 +59,7 @@ MODELS = [
     "sentence-transformers/distiluse-base-multilingual-cased-v2",
     "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
 ]
+MEASUREMENTS = REPOSITORY / "measurements"
 MATRYOSHKA_DIMS = [768, 512, 256, 128, 64, 32]
 PACKAGES = ("sentence-transformers", "transformers", "torch", "onnxruntime", "tokenizers", "numpy")
 KLUE_FILE = "klue-sts-v1.1_dev.json"
@@ -355,9 +356,11 @@ def compare(args: argparse.Namespace, table: pd.DataFrame) -> None:
 
 def generated_parts(results_dir: Path) -> dict[str, str]:
     """Returns the generated parts of the Markdown files by the name of their marker."""
-    parts = results.tables(results.read_results(results_dir))
-    parts["onnx"] = results.onnx_part(results_dir)
-    return parts | experiment_log.generated_parts(results_dir, REPOSITORY / "measurements")
+    rows = results.read_results(results_dir)
+    parts = results.tables(rows) | {"onnx": results.onnx_part(results_dir)}
+    parts |= experiment_log.generated_parts(results_dir, MEASUREMENTS)
+    comparisons = experiment_log.read_comparisons(MEASUREMENTS / "v2.txt")
+    return parts | whole_runs.generated_parts(MEASUREMENTS / "whole_run.json", rows, comparisons)
 
 
 def update_tables(files: list[Path], results_dir: Path) -> None:
@@ -366,7 +369,7 @@ def update_tables(files: list[Path], results_dir: Path) -> None:
     for file in files or results.markdown_files(REPOSITORY):
         results.write_parts(file, parts)
     rows = results.read_results(results_dir)
-    plots.draw_plots([row for row in rows if row["dataset"] == "korsts"], results_dir)
+    plots.draw_plots([row for row in rows if row["dataset"] == "korsts"], results_dir, MEASUREMENTS)
 
 
 def main() -> None:

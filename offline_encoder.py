@@ -351,9 +351,9 @@ def build(
         parameters = write_model(checkpoint, unfinished)
         write_tokenizer(checkpoint, unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        size = sum(file.stat().st_size for file in unfinished.iterdir()) / 2**20
+        size = sum(file.stat().st_size for file in unfinished.iterdir()) / 1e6
         unfinished.rename(output)
-    return f"{output}: {parameters:,} parameters, {size:.0f} MiB, vocabulary {len(kept):,}"
+    return f"{output}: {parameters:,} parameters, {size:.0f} MB, vocabulary {len(kept):,}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

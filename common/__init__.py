@@ -18,5 +18,6 @@ A room may import those above it in this list, never one below (tests/test_house
     options         the options that all recipes have, and their checks
     training        the trainer, its callbacks, `train`
     experiment_log  the log of training runs: rows, groups, tables
+    whole_runs      what whole runs cost and give: their table, the first page's
     plots           the pictures of results/
 """

@@ -325,7 +325,7 @@ def v2_part(rows: dict[str, dict], comparisons: list[Comparison]) -> str:
     script = "원본: `python training_sts.py`"
     cells = [
         side(script, original, whole.b, whole.b_interval, original_wins),
-        side("v2: 아래 명령", v2, whole.a, whole.a_interval, v2_wins),
+        side("v2: 아래 첫 명령", v2, whole.a, whole.a_interval, v2_wins),
     ]
     for each in comparisons:
         label = {
@@ -336,7 +336,7 @@ def v2_part(rows: dict[str, dict], comparisons: list[Comparison]) -> str:
         difference = f"**{each.difference}**" if each.is_shown else each.difference
         cells.append([f"차이, {label}", "", "", f"{difference} [{', '.join(each.interval)}]", ""])
     columns = {"코사인 Spearman x100": "---", "dev (시드별)": "---", "KorSTS-test (시드별)": "---"}
-    columns |= {"KorSTS-test (시드 평균)": "---:", "학습 CPU초 (시드별)": "---"}
+    columns |= {"KorSTS-test (시드 평균)": "---:", "학습 루프 CPU초 (시드별)": "---"}
     return table(columns, cells)
 
 
@@ -358,7 +358,7 @@ def ablation_part(rows: dict[str, dict]) -> str:
         ):
             best = max(score for name, score in whole["tried"].items() if is_without(name))
             cells.append([label, _score(best), _count(whole["training_cpu_seconds"])])
-    columns = {"v2, 260스텝": "---", "dev": "---:", "학습 CPU초": "---:"}
+    columns = {"v2, 260스텝": "---", "dev": "---:", "학습 루프 CPU초": "---:"}
     return table(columns, cells) if cells else NOT_MEASURED
 
 

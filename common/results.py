@@ -9,7 +9,9 @@ NAME.published.json for a result that was read, not measured. Keys:
     published_in    address where a published result was read
     dataset         "korsts" (test) or "klue-sts" (dev)
     scores          cosine_pearson, cosine_spearman, euclidean_..., manhattan_..., dot_...: -1 to 1
-                    at full precision; for klue-sts also f1 (positive from 5 x cosine >= 3.0 on)
+                    at full precision; for klue-sts also f1 (positive from 5 x cosine >= 3.0 on),
+                    which no table shows: where all cosines are above 0.6, as those of E5, it is the
+                    same for every model
     dims            {dimension: {scores, intervals}} of a Matryoshka model's slices
 and where it was measured
     intervals       for each score, the ends of its 95% bootstrap interval over the pairs
@@ -33,7 +35,7 @@ import numpy as np
 from common.command_line import UserError, read_json, write_json, write_text
 from common.evaluation import SCORE_KEYS
 
-KLUE_KEYS = ("cosine_pearson", "cosine_spearman", "f1")
+COSINE_KEYS = ("cosine_pearson", "cosine_spearman")
 NOT_MEASURED = "아직 측정하지 않았습니다."
 # Markdown pages speak Korean. What the benchmark prints is English, and these are its words.
 KOREAN = {
@@ -43,12 +45,18 @@ KOREAN = {
     "Manhattan": "맨해튼",
     "Dot": "내적",
     "95% interval": "95% 구간",
-    "Sentences/s": "문장/초",
     "pooling added": "pooling 추가",
-    "Machine, threads": "기계, 스레드",
     "prompt": "프롬프트",
     "embeddings": "임베딩",
 }
+# The original's models are named ko-ENCODER-TASK, and those with Matryoshka dims end in -mrl.
+ENCODERS = {"sroberta": "klue/roberta-base", "sbert": "klue/bert-base"}
+SCRIPTS = {
+    "multitask": "training_multi-task.py",
+    "nli": "training_nli.py",
+    "sts": "training_sts.py",
+}
+MATRYOSHKA = " --matryoshka_dims 768,512,256,128,64,32"
 ONNX_HEADER = "| 파일 | MB | 문장/초, 배치 32 | 배치 1 | 첫 임베딩(초) | KorSTS-test | 손실 [95%] |"
 
 
@@ -132,27 +140,28 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def score_table(results: list[dict], korean: bool = False) -> str:
-    """Returns the table of scores; where they were measured with interval, speed and size."""
+def score_table(
+    results: list[dict], korean: bool = False, keys: tuple[str, ...] | None = None
+) -> str:
+    """Returns the table of scores; where they were measured with interval and size.
+
+    Pages leave the speed out: rows that were measured on different days do not compare.
+    """
     measured = results[0]["source"] == "measured"
-    keys = SCORE_KEYS if results[0]["dataset"] == "korsts" else KLUE_KEYS
+    keys = keys or (SCORE_KEYS if results[0]["dataset"] == "korsts" else COSINE_KEYS)
     columns: dict[str, list] = {}
     for key in keys:
         similarity, _, coefficient = key.title().partition("_")
-        if coefficient:
-            similarity = f"{_word(similarity, korean)} {coefficient}"
-        columns[similarity] = [row["scores"][key] for row in results]
+        name = f"{_word(similarity, korean)} {coefficient}"
+        columns[name] = [row["scores"][key] for row in results]
         if measured and key == "cosine_spearman":
             form = "[{:.2f}, {:.2f}]" if korean else "{:.2f} to {:.2f}"
             ends = [100 * np.array(row["intervals"][key]) for row in results]
             columns[_word("95% interval", korean)] = [form.format(*pair) for pair in ends]
+    if measured and not korean:
+        columns["Sentences/s"] = [f"{row['sentences_per_second']:.0f}" for row in results]
     if measured:
-        speeds = [f"{row['sentences_per_second']:.0f}" for row in results]
-        columns[_word("Sentences/s", korean)] = speeds
         columns["MB"] = [f"{row['model']['size_bytes'] / 1e6:.0f}" for row in results]
-        machines = [f"{row['device']}, {row['threads']}" for row in results]
-        if len(set(machines)) > 1:  # speeds of one do not compare with those of another
-            columns[_word("Machine, threads", korean)] = machines
     return markdown_table(results, columns, korean)
 
 
@@ -169,9 +178,44 @@ def dims_table(results: list[dict], korean: bool = False) -> str:
     return markdown_table(results, columns, korean)
 
 
+def two_corpora_table(results: list[dict]) -> str:
+    """Returns the table of measured models: cosine Spearman on both corpora, with intervals."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in results:
+        low, high = (100 * end for end in row["intervals"]["cosine_spearman"])
+        text = f"{100 * row['scores']['cosine_spearman']:.2f} [{low:.2f}, {high:.2f}]"
+        cells.setdefault(label(row, korean=True), {})[row["dataset"]] = text
+    lines = ["| 모델 | KorSTS-test | KLUE-STS dev |", "| --- | ---: | ---: |"]
+    for name, texts in cells.items():
+        lines.append(f"| {name} | {texts.get('korsts', '')} | {texts.get('klue-sts', '')} |")
+    return "\n".join(lines)
+
+
+def recipe_of(name: str) -> tuple[str, str] | None:
+    """Returns the recipe of a published model of the original, and the command that trains it."""
+    found = re.fullmatch(r"jhgan/(ko-(\w+)-(multitask|nli|sts)(-mrl)?)", name)
+    if found is None or found[2] not in ENCODERS:
+        return None
+    command = f"python {SCRIPTS[found[3]]} --model_name_or_path {ENCODERS[found[2]]}"
+    return found[1], command + MATRYOSHKA * bool(found[4])
+
+
+def recipe_table(published: list[dict]) -> str:
+    """Returns the table of the published models: recipe, command, cosine Spearman."""
+    lines = [
+        "| `bash train.sh` 뒤에 | 같은 일을 하는 명령 | KorSTS-test (발표) |",
+        "| --- | --- | ---: |",
+    ]
+    for row in published:
+        recipe, command = recipe_of(row["name"])
+        lines.append(f"| `{recipe}` | `{command}` | {100 * row['scores']['cosine_spearman']:.2f} |")
+    return "\n".join(lines)
+
+
 def tables(results: list[dict]) -> dict[str, str]:
     """Returns the generated parts of the pages by marker; published and measured stay apart."""
-    parts: dict[str, list[str]] = {"all": [], "matryoshka": [], "klue-sts": []}
+    names = ("recipes", "measured", "all", "matryoshka", "klue-sts")
+    parts: dict[str, list[str]] = {name: [] for name in names}
     for source, name in (("published", "발표된 값"), ("measured", "여기서 측정한 값")):
         rows = [row for row in results if row["source"] == source and row["dataset"] == "korsts"]
         if not rows:
@@ -185,11 +229,15 @@ def tables(results: list[dict]) -> dict[str, str]:
             f"{title}, KorSTS-test x100{intervals}:",
             score_table(rows, korean=True),
         ]
+        if source == "published" and (recipes := [row for row in rows if recipe_of(row["name"])]):
+            parts["recipes"] += [recipe_table(recipes)]
         if rows := [row for row in rows if "dims" in row]:
             parts["matryoshka"] += [
                 f"{title}, 차원별 코사인 Spearman x100:",
                 dims_table(rows, korean=True),
             ]
+    if rows := [row for row in results if row["source"] == "measured"]:
+        parts["measured"] += [two_corpora_table(rows)]
     if rows := [row for row in results if row["dataset"] == "klue-sts"]:
         parts["klue-sts"] += [score_table(rows, korean=True)]
     return {marker: "\n\n".join(texts or [NOT_MEASURED]) for marker, texts in parts.items()}

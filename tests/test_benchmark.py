@@ -525,7 +525,7 @@ def test_klue_sts_has_f1_and_comes_from_the_folder_or_the_hub(run, plain, tmp_pa
     assert result["scores"]["cosine_spearman"] == pytest.approx(
         spearmanr(cosine, table["score"])[0], abs=1e-6
     )
-    assert "| Model | Cosine Pearson | Cosine Spearman | 95% interval | F1 |" in out
+    assert "| Model | Cosine Pearson | Cosine Spearman | 95% interval | Sentences/s | MB |" in out
     assert results.NOT_MEASURED not in results.tables([result])["klue-sts"]
 
     parquet = tmp_path / "hub/datasets/klue/klue/sts/validation-00000-of-00001.parquet"
@@ -590,8 +590,8 @@ def test_tables_are_sorted_with_the_best_bold_and_two_decimals(tmp_path):
     )
     assert measured.splitlines()[-2:] == [
         "| [owner/best](https://huggingface.co/owner/best) | **50.00** | **80.00** "
-        "| [78.00, 82.00] |" + " **50.00** |" * 6 + " 196 | 121 |",
-        "| worse | **50.00** | 70.00 | [68.00, 72.00] |" + " **50.00** |" * 6 + " 196 | 121 |",
+        "| [78.00, 82.00] |" + " **50.00** |" * 6 + " 121 |",
+        "| worse | **50.00** | 70.00 | [68.00, 72.00] |" + " **50.00** |" * 6 + " 121 |",
     ]
     assert "stand-in" not in "".join(parts.values())
     assert parts["matryoshka"].splitlines()[-2:] == [
@@ -614,8 +614,9 @@ def test_update_readme_writes_between_the_markers_and_draws_the_plots(run, tmp_p
     )
     assert "old" not in text and text.endswith("<!-- /results:klue-sts -->\nend\n")
     assert "| two |" in text and "between <!-- results:matryoshka -->\n여기서 측정한 값" in text
-    for name in ("spearman_by_dimension.png", "speed_and_size.png"):
-        assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
+    plot = tmp_path / "results/spearman_by_dimension.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "results/speed_and_size.png").exists()  # nothing was exported
     assert run("--update_readme", readme)[0] == 0
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text(README.replace("<!-- /results:all -->", ""), encoding="utf-8")

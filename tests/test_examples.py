@@ -75,11 +75,11 @@ def test_the_search_finds_what_it_found_before(offline_encoder: Path, tmp_path: 
         assert [score for _, score in hits] == pytest.approx(scores, abs=1e-4)
 
 
-def test_both_searches_and_the_readme_hold_the_same_sentences() -> None:
+def test_both_searches_and_the_page_hold_the_same_sentences() -> None:
     assert semantic_search.CORPUS == semantic_search_onnx.CORPUS
     assert semantic_search.QUERIES == semantic_search_onnx.QUERIES
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    published = ranking(re.search(r"```\n(한 남자가 파스타.+?)```", readme, re.DOTALL)[1])
+    page = (REPOSITORY / "docs/use.md").read_text(encoding="utf-8")
+    published = ranking(re.search(r"```\n(한 남자가 파스타.+?)```", page, re.DOTALL)[1])
     assert [query for query, _ in published] == semantic_search.QUERIES
     for _, hits in published:
         assert len(hits) == 5

@@ -74,6 +74,32 @@ def test_a_page_speaks_korean_and_the_terminal_english() -> None:
         assert korean in page and korean not in terminal
 
 
+def test_a_model_has_one_row_for_both_corpora() -> None:
+    rows = [row for row in results.read_results(REPOSITORY / "results")
+            if row["name"] in ("e5-small-ko", "e5-small-ko-sts")]  # fmt: skip
+    table = results.tables(rows)["measured"].splitlines()[2:]
+    assert table == [
+        "| e5-small-ko-sts | 80.77 [78.52, 82.80] |  |",
+        "| e5-small-ko (mean pooling 추가) | 74.39 [71.65, 76.89] | 76.11 [71.46, 80.19] |",
+    ]
+
+
+def test_a_fixed_threshold_says_nothing_and_no_table_shows_it() -> None:
+    rows = [row for row in results.read_results(REPOSITORY / "results")
+            if row["dataset"] == "klue-sts" and "f1" in row["scores"]]  # fmt: skip
+    assert len(rows) > 1 and len({row["scores"]["f1"] for row in rows}) == 1
+    shown = results.tables(rows)["klue-sts"] + results.score_table(rows)
+    assert "F1" not in shown and f"{100 * rows[0]['scores']['f1']:.2f}" not in shown
+
+
+def test_only_models_of_the_original_are_recipes() -> None:
+    assert results.recipe_of("jhgan/ko-sbert-nli") == (
+        "ko-sbert-nli", "python training_nli.py --model_name_or_path klue/bert-base",
+    )  # fmt: skip
+    for name in ("jhgan/ko-roberta-nli", "someone/ko-sbert-nli", "jhgan/ko-sbert-nli-v2"):
+        assert results.recipe_of(name) is None
+
+
 def test_a_table_that_has_no_rows_says_so(tmp_path: Path) -> None:
     parts = results.tables([]) | {"onnx": results.onnx_part(tmp_path)}
     assert set(parts.values()) == {results.NOT_MEASURED}

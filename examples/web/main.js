@@ -145,7 +145,7 @@ async function search() {
   const took = number.format(Math.round(performance.now() - started));
   const shown = corpus.length > SHOWN ? ` 가운데 가장 비슷한 ${SHOWN}개` : "";
   at("status").textContent =
-    `“${query}”와 코사인 유사도: ${number.format(corpus.length)}문장${shown}, ${took} ms`;
+    `“${query}”와의 코사인 유사도: ${number.format(corpus.length)}문장${shown}, ${took} ms`;
 }
 
 at("form").addEventListener("submit", (event) => {

@@ -1,0 +1,172 @@
+"""What whole training runs cost and give: measurements/whole_run.json, and the first page's tables.
+
+The file is an object with a list `runs`, each of them one run from the start of its process to its
+end, everything counted (imports, dev scores, checkpoints, means of weights, test):
+
+    name                    the recipe: "original" (its own script), "v2 short, fp32", ...
+    seed                    int
+    points                  [{cpu_seconds, dev_cosine_spearman_x100}]: each dev score that was
+                            taken, and the CPU seconds of the process until then
+    whole_wall_seconds, whole_cpu_seconds
+    peak_memory_mb          may be missing or null
+    dev, test               cosine Spearman x100 of the finished model; test may be null
+
+CPU seconds are those of all cores together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from common.command_line import UserError, read_json
+from common.experiment_log import Comparison, table
+from common.results import NOT_MEASURED
+
+ORIGINAL = "original"
+PICTURE = "score_by_cost.png"
+KOREAN = {ORIGINAL: "원본 스크립트", "v2 short": "짧은 v2"}
+BASE_ENCODER, OFFLINE_ENCODER = "klue/roberta-base, 110M", "e5-small-ko, 30M"
+# The published rows of the first table, and what they were trained on.
+PUBLISHED = {
+    "jhgan/ko-sroberta-multitask": "KorNLI, KorSTS",
+    "jhgan/ko-sroberta-sts": "KorSTS",
+}
+
+
+def read_whole_runs(path: Path) -> list[dict]:
+    """Returns the runs of whole_run.json by name, the original's first; none where there is none.
+
+    Raises:
+        UserError: the file is not of the form that the top of this file says.
+    """
+    if not path.is_file():
+        return []
+    try:
+        runs = read_json(path)["runs"]
+        for run in runs:
+            points = [
+                (point["cpu_seconds"], point["dev_cosine_spearman_x100"]) for point in run["points"]
+            ]
+            seconds = [cpu for cpu, _ in points]
+            scores = [*(score for _, score in points), run["dev"]]
+            scores += [run["test"]] * (run["test"] is not None)
+            run["seed"], run["whole_wall_seconds"]
+            in_order = seconds == sorted(seconds) and seconds[-1] <= run["whole_cpu_seconds"]
+            # A score below 1 was not multiplied by 100.
+            if not in_order or any(not 1 < score <= 100 for score in scores):
+                raise ValueError
+        return sorted(runs, key=lambda run: (run["name"] != ORIGINAL, run["name"], run["seed"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path}: no report of whole runs") from None
+
+
+def by_name(runs: Sequence[dict]) -> dict[str, list[dict]]:
+    """Returns the runs of each name, in their order."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(run["name"], []).append(run)
+    return groups
+
+
+def korean_name(name: str) -> str:
+    """Returns a run's name as Korean pages have it."""
+    start, comma, rest = name.partition(", ")
+    return KOREAN.get(start, start) + comma + rest
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2f}"
+
+
+def cost_part(runs: Sequence[dict]) -> str:
+    """Returns the table of whole runs: scores by seed, medians of what they cost."""
+    if not runs:
+        return NOT_MEASURED
+    groups = by_name(runs)
+    with_memory = any(run.get("peak_memory_mb") for run in runs)
+    cells = []
+    for name, seeds in groups.items():
+        cpu = median(run["whole_cpu_seconds"] for run in seeds)
+        ratio = ""
+        if name != ORIGINAL and ORIGINAL in groups:
+            original = median(run["whole_cpu_seconds"] for run in groups[ORIGINAL])
+            ratio = f" ({cpu / original:.2f}x)"
+        tests = [run["test"] for run in seeds if run["test"] is not None]
+        row = [
+            korean_name(name),
+            ", ".join(str(run["seed"]) for run in seeds),
+            ", ".join(f"{run['dev']:.2f}" for run in seeds),
+            ", ".join(f"{test:.2f}" for test in tests),
+            f"{cpu:,.0f}{ratio}",
+            f"{median(run['whole_wall_seconds'] for run in seeds):,.0f}",
+        ]
+        if with_memory:
+            memory = [run["peak_memory_mb"] for run in seeds if run.get("peak_memory_mb")]
+            row.append(f"{max(memory):,.0f}" if memory else "")
+        cells.append(row)
+    columns = {"전체 실행": "---", "시드": "---", "dev": "---", "KorSTS-test": "---"}
+    columns |= {"CPU초 (중앙값)": "---:", "경과 시간(초, 중앙값)": "---:"}
+    if with_memory:
+        columns["최대 메모리 MB"] = "---:"
+    return table(columns, cells)
+
+
+def picture_part(runs: Sequence[dict]) -> str:
+    """Returns the picture's line for the page at the top, or nothing where no run was measured."""
+    if not runs:
+        return ""
+    alt = "실행 전체의 CPU초와 dev 코사인 Spearman: 원본 스크립트와 v2"
+    return f'<img src="results/{PICTURE}" alt="{alt}" width="640">'
+
+
+def first_part(
+    results: Sequence[dict], comparisons: Sequence[Comparison], runs: Sequence[dict]
+) -> str:
+    """Returns the first table: the best published rows, and what was measured here.
+
+    Args:
+        results: as `results.read_results` gives them.
+        comparisons: of v2 (A) with the original's recipe (B), the one of all pairs first.
+        runs: whole runs; those whose name begins with "v2 short" are shown.
+    """
+    published = {row["name"]: row for row in results if row["source"] == "published"}
+    cells = [
+        [
+            f"`{name.partition('/')[2]}` (발표된 값)",
+            BASE_ENCODER,
+            data,
+            f"{100 * published[name]['scores']['cosine_spearman']:.2f}",
+        ]
+        for name, data in PUBLISHED.items()
+        if name in published
+    ]
+    if comparisons:
+        whole = comparisons[0]
+        for label, seeds, score, ends in (
+            ("원본의 STS 학습법", whole.sides[1], whole.b, whole.b_interval),
+            ("v2", whole.sides[0], whole.a, whole.a_interval),
+        ):
+            label += f" (시드 {len(seeds)}개 평균)"
+            cells.append([label, OFFLINE_ENCODER, "KorSTS", f"{score} {ends}"])
+    for name, seeds in by_name(runs).items():
+        tests = [run["test"] for run in seeds if run["test"] is not None]
+        if name.startswith("v2 short") and tests:
+            how_many = f"시드 {len(tests)}개 평균" if len(tests) > 1 else "시드 하나"
+            label = f"{korean_name(name)} ({how_many})"
+            cells.append([label, OFFLINE_ENCODER, "KorSTS", _mean(tests)])
+    columns = {"모델, 학습법": "---", "인코더, 파라미터": "---", "학습 데이터": "---"}
+    return table(columns | {"KorSTS-test": "---:"}, cells) if cells else NOT_MEASURED
+
+
+def generated_parts(
+    path: Path, results: Sequence[dict], comparisons: Sequence[Comparison]
+) -> dict[str, str]:
+    """Returns the parts of Markdown pages that come from whole_run.json, and the first table."""
+    runs = read_whole_runs(path)
+    return {
+        "first": first_part(results, comparisons, runs),
+        "cost": cost_part(runs),
+        "cost-picture": picture_part(runs),
+    }
