@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
+from common.command_line import write_text
 from common.encoders import default_prompt
-from common.exported import embed
+from common.exported import OnnxEncoder, embed
 
 OPSET = 17
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2}
@@ -24,6 +28,8 @@ CHECK_SENTENCES = (
     "나는 학교에 갔다 😀👍🏽🇰🇷",
     "大韓民國의 首都는 서울特別市이다.",
     "그는 'TV'를 \"켰다\"\t그리고  껐다.",
+    unicodedata.normalize("NFD", "한글을 낱낱이 풀어 쓴다."),
+    " \n",
     "아주 긴 문장은 끝에서 잘린다. " * 200,
 )
 
@@ -72,3 +78,22 @@ def check_close(
             f"{path.name}: {case}: differs from sentence-transformers by {difference:.1e}, "
             f"more than {tolerance:.0e}; not written"
         )
+
+
+def write_golden(path: Path, files: Sequence[Path]) -> None:
+    """Writes what other programs have to get from exported files of one model, as JSON.
+
+    Keys: what a consumer needs to know (as in NAME.json), `sentences`, and `vectors`: by the name
+    of each file, a list of `dimension` numbers for each sentence, computed one by one. The prompt
+    is not yet before the sentences. int8 depends on the CPU in its last steps.
+    """
+    encoders = [OnnxEncoder(file) for file in files]
+    settings = encoders[0].settings
+    vectors = {
+        file.name: encoder.encode(list(CHECK_SENTENCES), settings["prompt"], 1).tolist()
+        for file, encoder in zip(files, encoders, strict=True)
+    }
+    kept = ("model", "revision", "max_seq_length", "dimension", "prompt")
+    content = {name: settings[name] for name in kept}
+    content |= {"sentences": CHECK_SENTENCES, "vectors": vectors}
+    write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")

@@ -37,7 +37,7 @@ from yaml import YAMLError
 HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
 
-from check_onnx import OPSET, CheckFailed, check_file  # noqa: E402
+from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E402
 from measure_onnx import measure, score_files, score_line, write_results  # noqa: E402
 from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
 
@@ -318,6 +318,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--no_speed", action="store_true", help=speed)
     results = "measurements go to onnx/NAME.json in it"
     add("--results_dir", type=Path, default=HERE.parent / "results", help=results)
+    golden = "also write sentences and their vectors, for the tests of other languages' programs"
+    add("--golden", type=Path, metavar="NAME.golden.json", help=golden)
     code = "run Python code that the model carries: it can do anything on this machine"
     add("--trust_remote_code", action="store_true", help=code)
     args = parser.parse_args()
@@ -326,6 +328,8 @@ def parse_arguments() -> argparse.Namespace:
         args.output = HERE / "models" / f"{name}.onnx"
     if args.output.suffix != ".onnx":
         parser.error(f"--output {args.output}: the name should end in .onnx")
+    if args.golden and not args.golden.name.endswith(".golden.json"):
+        parser.error(f"--golden {args.golden}: the name should end in .golden.json")
     return args
 
 
@@ -339,6 +343,8 @@ def export(args: argparse.Namespace) -> None:
         texts = [text for text in dict.fromkeys(train["sentence1"]) if text not in seen]
         texts = texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
     target.parent.mkdir(parents=True, exist_ok=True)
+    if args.golden:
+        args.golden.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
         staging, work = Path(temporary), Path(temporary, "work")
         work.mkdir()
@@ -361,7 +367,10 @@ def export(args: argparse.Namespace) -> None:
             prompt = default_prompt(model)  # consumers put it before every sentence
             ranges = activation_ranges(fp32, tokenizer, [prompt + text for text in texts])
         remove_older(target, settings)
+        if args.golden:
+            args.golden.unlink(missing_ok=True)  # of the files that are replaced here
         deliver(fp32, target)
+        written = [target]
 
         # 3. fp16
         if args.fp16:
@@ -369,7 +378,8 @@ def export(args: argparse.Namespace) -> None:
             half = convert_float_to_float16(onnx.load(target), keep_io_types=True)
             write_files(half, fp16, settings | {"precision": "fp16"}, tokenizer)
             check_file(fp16, model, tokenizer, dim, "fp16")
-            deliver(fp16, target.with_name(fp16.name))
+            written.append(target.with_name(fp16.name))
+            deliver(fp16, written[-1])
 
         # 4. int8: kept where it loses little enough
         if args.quantize:
@@ -393,11 +403,15 @@ def export(args: argparse.Namespace) -> None:
                     f"int8 loses {lost:.2f} points, more than --max_loss {args.max_loss}; "
                     "not written (--force keeps it)"
                 )
-            deliver(int8, target.with_name(int8.name))
-            if args.no_speed:
-                return
-            results = args.results_dir / "onnx" / f"{target.stem}.json"
-            write_results(results, settings["model"], settings["revision"], rows)
+            written.append(target.with_name(int8.name))
+            deliver(int8, written[-1])
+            if not args.no_speed:
+                results = args.results_dir / "onnx" / f"{target.stem}.json"
+                write_results(results, settings["model"], settings["revision"], rows)
+
+        # 5. What other languages have to find
+        if args.golden:
+            write_golden(args.golden, written)
 
 
 def main() -> None:

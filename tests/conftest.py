@@ -45,3 +45,11 @@ def offline_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if done.returncode:
             pytest.skip(f"the offline encoder cannot be built: {done.stderr.strip()}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def exports(offline_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of exported files, each with the golden file of its kind."""
+    from exports import write_exports  # loads what only these tests need
+
+    return write_exports(tmp_path_factory.mktemp("exports"), offline_encoder)
