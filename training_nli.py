@@ -23,16 +23,16 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from common.batches import no_duplicates_batches, share
 from common.command_line import command_line
-from common.data import NLI_TRAIN_FILES, file_record, read_korsts, read_nli_triplets
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
 from common.scoring import PairsEvaluator
+from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1)
+    parser = recipe_parser(__doc__.splitlines()[0], "kor_nli_", num_epochs=1)
     parser.add_argument("--batch_size", type=int, default=64, help="triplets a step")
     parser.add_argument(
         "--mini_batch_size",
@@ -49,18 +49,11 @@ def main() -> None:
     processes = start_processes()
     check_options(args, processes)
 
-    # 2. Data
-    train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
-    triplets, records = read_nli_triplets(train_files, args.seed)
-    files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("dev", "test")}
-    if args.no_test:
-        del files["test"]
-    tables = {name: read_korsts(path) for name, path in files.items()}
-    records += [file_record(files[name], len(table)) for name, table in tables.items()]
-    evaluators = {
-        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
-        for name, table in tables.items()
-    }
+    # 2. Data: KorNLI, dev and test of KorSTS, or the files that the options name
+    data = read_data(args, "nli")
+    triplets = data.train["nli"]
+    dev = PairsEvaluator(*data.dev, args.matryoshka_dims)
+    test = data.test and PairsEvaluator(*data.test, args.matryoshka_dims)
 
     # 3. Batches and schedule: full ones without a text twice
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
@@ -89,21 +82,21 @@ def main() -> None:
         loss = MultipleNegativesRankingLoss(model, **options)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records, model)
+    run = open_run(args, data.records, model)
     trainer = recipe_trainer(
         run,
         model,
-        train_data={"nli": triplets},
+        train_data=data.train,
         losses={"nli": recipe_loss(model, loss, args)},
         batches=batches,
-        dev=evaluators["dev"],
+        dev=dev,
         evaluate_at={*range(1000, steps, 1000), *epoch_ends},
         **schedule,
     )
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, evaluators.get("test"))
+    finish_run(run, result, test)
 
 
 if __name__ == "__main__":

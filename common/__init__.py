@@ -4,6 +4,8 @@ A room may import those above it in this list, never one below (tests/test_house
 
     command_line    errors in one line, exit statuses, files replaced whole, hashes, stored commands
     data            files to checked tables, NLI triplets, file records
+    formats         pairs and triplets of a person's own files, by their form
+    splits          what a recipe trains on and is scored on: joined, split, what they share
     evaluation      the eight correlations, bootstrap, paired differences
     encoders        fetch, check, load, save an encoder; its default prompt, its pooling
     exported        an exported .onnx file as an encoder
