@@ -26,7 +26,6 @@ from common.batches import no_duplicates_batches, share, shuffled_batches
 from common.command_line import command_line
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
-from common.scoring import PairsEvaluator
 from common.splits import read_data
 from common.training import AdamWPerTask, TakeTurns, load_model, recipe_loss, recipe_trainer, train
 
@@ -43,8 +42,6 @@ def main() -> None:
 
     # 2. Data: KorNLI and KorSTS, or the files that the options name
     data = read_data(args, "nli", "sts")
-    dev = PairsEvaluator(*data.dev, args.matryoshka_dims)
-    test = data.test and PairsEvaluator(*data.test, args.matryoshka_dims)
 
     # 3. Batches and schedule: NLI and STS in turn, an epoch as long as the shorter
     triplets, rows = data.train["nli"], len(data.train["sts"])
@@ -80,7 +77,7 @@ def main() -> None:
         train_data=data.train,
         losses={name: recipe_loss(model, loss, args) for name, loss in losses.items()},
         batches=batches,
-        dev=dev,
+        dev=data.dev,
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         optimizer=(AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
         callbacks=[TakeTurns()],
@@ -89,7 +86,7 @@ def main() -> None:
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, test)
+    finish_run(run, result, data.test)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from common.batches import share, shuffled_batches
 from common.command_line import command_line
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
-from common.scoring import PairsEvaluator
 from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
 
@@ -39,6 +38,9 @@ class PearsonLoss(torch.nn.Module):
         return 1 - torch.cosine_similarity(cosine - cosine.mean(), labels - labels.mean(), dim=0)
 
 
+# Each is called with the model. forward(features, labels) gets the tokens of the two sentences, and
+# the scores, (batch,) float32 in [0, 1]. What has compute_loss_from_embeddings(embeddings, labels)
+# gets two (batch, dimension) tensors instead, of one forward.
 LOSSES = {
     "cosine": losses.CosineSimilarityLoss,
     "cosent": losses.CoSENTLoss,
@@ -64,8 +66,6 @@ def main() -> None:
 
     # 2. Data: KorSTS, or the files that the options name
     data = read_data(args, "sts")
-    dev = PairsEvaluator(*data.dev, args.matryoshka_dims)
-    test = data.test and PairsEvaluator(*data.test, args.matryoshka_dims)
 
     # 3. Batches and schedule: every pair once an epoch, in a new order
     rows = len(data.train["sts"])
@@ -96,14 +96,14 @@ def main() -> None:
         train_data=data.train,
         losses={"sts": recipe_loss(model, loss, args, gather=processes > 1)},
         batches=batches,
-        dev=dev,
+        dev=data.dev,
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         **schedule,
     )
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, test)
+    finish_run(run, result, data.test)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ A room may import those above it in this list, never one below (tests/test_house
     command_line    errors in one line, exit statuses, files replaced whole, hashes, stored commands
     data            files to checked tables, NLI triplets, file records
     formats         pairs and triplets of a person's own files, by their form
-    splits          what a recipe trains on and is scored on: joined, split, what they share
     evaluation      the eight correlations, bootstrap, paired differences
     encoders        fetch, check, load, save an encoder; its default prompt, its pooling
     exported        an exported .onnx file as an encoder
     scoring         pairs of sentences encoded and scored
+    splits          what a recipe trains on and is scored on: joined, split, what they share
     batches         orders of rows: shuffled, without duplicates, shared among processes
     packing         one forward without padding for all columns of a batch
-    run_folder      a run on disk: options, data, checkpoints, resume, scores, model card, upload
+    model_card      the model card of a finished run
+    run_folder      a run on disk: options, data, checkpoints, resume, scores, upload
     averaging       means of weights, and which of them dev prefers
     options         the options that all recipes have, and their checks
     training        the trainer, its callbacks, `train`

@@ -1,4 +1,4 @@
-"""What a recipe trains on, and what it is scored on: files joined, dev split off, what they share."""
+"""What a recipe trains on and is scored on: files joined, dev split off, what they share."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from common.command_line import UserError
 from common.data import NLI_TRAIN_FILES, file_record, read_korsts
 from common.formats import read_nli_triplets, read_pairs
+from common.scoring import PairsEvaluator
 
 # What to do about a default file that is not there.
 INSTEAD = {
@@ -24,7 +25,7 @@ INSTEAD = {
     "dev": "--dev_file gives another, --dev_share (where pairs are trained) takes a part of them",
     "test": "--test_file gives another, --no_test does without",
 }
-Scored = tuple[pd.DataFrame, str]  # sentence1, sentence2, score, and the name beside their scores
+Scored = tuple[pd.DataFrame, str]  # sentence1, sentence2, score; name of their file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Data:
     Attributes:
         train: by task, `nli` (anchor, positive[, negative]) before `sts` (sentence1, sentence2,
             score).
-        dev: what chooses the checkpoint.
-        test: what the chosen one is scored on; None with --no_test.
+        dev: scores the checkpoints, and chooses one.
+        test: scores that one; None with --no_test.
         records: what run.json says of each file.
     """
 
     train: dict[str, pd.DataFrame]
-    dev: Scored
-    test: Scored | None
+    dev: PairsEvaluator
+    test: PairsEvaluator | None
     records: list[dict[str, Any]]
 
 
@@ -55,7 +56,8 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
         tasks: `nli`, `sts` or both.
 
     Raises:
-        UserError: a file that is not there or not whole; nothing left to train on.
+        UserError: a file that is not there or not whole; nothing left to train on; too few pairs
+            for a correlation.
     """
     records: list[dict[str, Any]] = []
     scales: list[float] = []
@@ -98,7 +100,8 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
         if table.empty:
             names = " and ".join(name for _, name in parts[task])
             raise UserError(f"{names}: nothing is left to train on")
-    return Data(train, dev, test, records)
+    dims = args.matryoshka_dims
+    return Data(train, PairsEvaluator(*dev, dims), test and PairsEvaluator(*test, dims), records)
 
 
 # --- What two files share --------------------------------------------------------------------
