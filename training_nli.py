@@ -25,7 +25,7 @@ from common.encoders import load_encoder
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
 from common.splits import read_data
-from common.training import load_guide, load_model, recipe_loss, recipe_trainer, train
+from common.training import load_model, recipe_loss, recipe_trainer, train
 
 # Each is called with the model. forward(features, labels) gets the tokens of anchor, positive and,
 # of triplets, negative; labels is None. What has compute_loss_from_embeddings(embeddings, labels)
@@ -56,9 +56,12 @@ def main() -> None:
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
     parser.add_argument(
-        "--loss", choices=LOSSES, default="mnr", help="gist: see --guide; mnr is the original's"
+        "--loss",
+        choices=LOSSES,
+        default="mnr",
+        help="mnr as the original; gist: without negatives that --guide finds near",
     )
-    parser.add_argument("--guide", help="encoder whose near negatives gist leaves out (the start)")
+    parser.add_argument("--guide", metavar="MODEL", help="Hub name or folder; goes with gist")
     args = parser.parse_args()
     processes = start_processes()
     check_options(args, processes)
@@ -87,12 +90,9 @@ def main() -> None:
     epoch_ends = range(steps_per_epoch, steps, steps_per_epoch)
 
     # 4. Model and loss: each process has all processes' texts as negatives
-    model, guide, options = load_model(args), None, {}
-    if args.loss == "gist":
-        name, pooling = (
-            (args.guide, None) if args.guide else (args.model_name_or_path, args.pooling)
-        )
-        guide = load_encoder(name, pooling=pooling, trust_remote_code=args.trust_remote_code)
+    model, options = load_model(args), {}
+    guide = args.guide and load_encoder(args.guide, trust_remote_code=args.trust_remote_code)
+    if guide:
         options["guide"] = guide.eval().requires_grad_(False)
     if args.mini_batch_size:
         options["mini_batch_size"] = args.mini_batch_size

@@ -184,8 +184,8 @@ def check_options(args: argparse.Namespace, processes: int) -> None:
         raise UserError(f"--start_weight {args.start_weight}: must be from 0 to below 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: must be from 0 to 4294967295")
-    if getattr(args, "guide", None) and args.loss != "gist":
-        raise UserError("--guide goes with --loss gist")
+    if bool(getattr(args, "guide", None)) != (getattr(args, "loss", None) == "gist"):
+        raise UserError("--loss gist and --guide MODEL go together")
     dims, weights = args.matryoshka_dims, args.matryoshka_weights
     if weights and not dims:
         raise UserError("--matryoshka_weights: give --matryoshka_dims too")
