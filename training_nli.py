@@ -56,12 +56,9 @@ def main() -> None:
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
     parser.add_argument(
-        "--loss",
-        choices=LOSSES,
-        default="mnr",
-        help="mnr as the original; gist: without negatives that --guide finds near",
+        "--loss", choices=LOSSES, default="mnr", help="mnr as the original; gist goes with --guide"
     )
-    parser.add_argument("--guide", metavar="MODEL", help="Hub name or folder; goes with gist")
+    parser.add_argument("--guide", metavar="MODEL", help="finds false negatives: name or folder")
     args = parser.parse_args()
     processes = start_processes()
     check_options(args, processes)

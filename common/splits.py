@@ -60,7 +60,7 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
             for a correlation.
     """
     records: list[dict[str, Any]] = []
-    scales: list[float] = []
+    scales: list[float | None] = []
 
     def read(split: str, given: Path | None) -> Scored:
         path = given or args.data_dir / f"KorSTS/sts-{split}.tsv"
@@ -84,18 +84,17 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
     test = None if args.no_test else read("test", args.test_file)
     if args.max_score is not None and args.max_score not in scales:
         raise UserError(f"--max_score {args.max_score:g}: no file here needs it")
-    scored = [part for part in (dev, test) if part]
-    train = {
-        task: pd.concat(
-            [_without(table, name, scored, args.leave_out) for table, name in tables],
-            ignore_index=True,
-        )
-        for task, tables in parts.items()
-    }
+
+    def join(task: str, *scored: Scored | None) -> pd.DataFrame:
+        tables = [_without(*part, [s for s in scored if s], args.leave_out) for part in parts[task]]
+        return pd.concat(tables, ignore_index=True)
+
+    train = {}
     if share:
         name = " and ".join(name for _, name in parts["sts"])
-        train["sts"], table = split_off(train["sts"], share, args.seed)
+        train["sts"], table = split_off(join("sts", test), share, args.seed)
         dev = table, f"{share:g} of {name}"
+    train = {task: train[task] if task in train else join(task, dev, test) for task in parts}
     for task, table in train.items():
         if table.empty:
             names = " and ".join(name for _, name in parts[task])
