@@ -377,7 +377,8 @@ def plot_scores(path: Path, dev_file: str, evaluations: list[tuple[int, Scores]]
     for name in SIMILARITIES:
         values = [100 * scores[f"{name}_spearman"] for _, scores in evaluations]
         axes.plot([step for step, _ in evaluations], values, marker="o", label=name)
-    axes.set(xlabel="optimizer step", ylabel="dev Spearman x100", title=dev_file)
+    title = dev_file if dev_file.isascii() else ""  # matplotlib's own font has no Hangul
+    axes.set(xlabel="optimizer step", ylabel="dev Spearman x100", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
