@@ -82,7 +82,7 @@ def _form(path: Path, content: bytes) -> str:
         return "json" if start == b"[" else "jsonl"
     if suffix in ("csv", "tsv", "json", "jsonl"):
         return suffix
-    return "tsv" if b"\t" in content.split(b"\n", 1)[0] else "csv"
+    return "tsv" if b"\t" in io.BytesIO(content).readline() else "csv"
 
 
 def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -160,7 +160,7 @@ def _has_header(path: Path, content: bytes, columns: Sequence[str]) -> bool:
     """Tells whether a file is a TSV with these columns: those forms are read by `data`."""
     if _form(path, content) != "tsv":
         return False
-    header = decode(content.split(b"\n", 1)[0], path).removesuffix("\r")
+    header = decode(io.BytesIO(content).readline(), path).rstrip("\r\n")
     return set(columns) <= set(header.split("\t"))
 
 

@@ -59,7 +59,7 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
         UserError: a file that is not there or not whole; nothing left to train on; too few pairs
             for a correlation.
     """
-    records: list[dict[str, Any]] = []
+    files: list[tuple[Path, int, str]] = []
     scales: list[float | None] = []
 
     def read(split: str, given: Path | None) -> Scored:
@@ -68,14 +68,15 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
             raise UserError(f"{path}: no such file; {INSTEAD[split]}")
         table, scale = read_pairs(path, args.max_score) if given else (read_korsts(path), None)
         scales.append(scale)
-        records.append(file_record(path, len(table)) | {"split": split})
+        files.append((path, len(table), split))
         return table, path.name
 
     parts: dict[str, list[Scored]] = {}
+    records: list[dict[str, Any]] = []
     if "nli" in tasks:
         paths = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
         triplets, found = read_nli_triplets(paths, args.seed)
-        records += [record | {"split": "train"} for record in found]
+        records = [record | {"split": "train"} for record in found]
         parts["nli"] = [(triplets, " and ".join(path.name for path in paths))]
     if "sts" in tasks:
         parts["sts"] = [read("train", path) for path in args.train_file or [None]]
@@ -84,6 +85,7 @@ def read_data(args: argparse.Namespace, *tasks: str) -> Data:
     test = None if args.no_test else read("test", args.test_file)
     if args.max_score is not None and args.max_score not in scales:
         raise UserError(f"--max_score {args.max_score:g}: no file here needs it")
+    records += [file_record(path, rows) | {"split": split} for path, rows, split in files]
 
     def join(task: str, *scored: Scored | None) -> pd.DataFrame:
         tables = [_without(*part, [s for s in scored if s], args.leave_out) for part in parts[task]]
