@@ -43,6 +43,7 @@ from common.evaluation import bootstrap, correlations, f1, interval
 from common.exported import OnnxEncoder
 from common.machine import device_name
 from common.scoring import Encoder, check_pairs, encode_pairs
+from common.splits import overlap
 
 MODELS = [
     "jhgan/ko-sroberta-multitask",
@@ -174,16 +175,13 @@ def read_data(dataset: str, data_dir: Path) -> tuple[pd.DataFrame, dict]:
 
 def leave_out_seen(table: pd.DataFrame, data_dir: Path, what: str) -> pd.DataFrame:
     """Returns the test pairs that are not in the train and dev files: as pairs, or by sentence."""
-    columns = ["sentence1", "sentence2"]
     files = [data_dir / "KorSTS" / f"sts-{name}.tsv" for name in ("train", "dev")]
-    seen = pd.concat([read_korsts(file) for file in files])[columns]
-    if what == "sentences":
-        is_seen = table[columns].isin(pd.unique(seen.to_numpy().ravel())).any(axis=1)
-    else:
-        known = set(map(frozenset, seen.to_numpy()))
-        is_seen = pd.Series([frozenset(pair) in known for pair in table[columns].to_numpy()])
+    has_pair, has_sentence = overlap(
+        table[["sentence1", "sentence2"]], [read_korsts(file) for file in files]
+    )
+    is_seen = has_sentence if what == "sentences" else has_pair
     print(f"left out, in sts-train.tsv or sts-dev.tsv: {is_seen.sum():,} pairs")
-    return table[~is_seen.to_numpy()].reset_index(drop=True)
+    return table[~is_seen].reset_index(drop=True)
 
 
 # --- 3. Models -------------------------------------------------------------------------------

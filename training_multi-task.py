@@ -24,16 +24,15 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from common.batches import no_duplicates_batches, share, shuffled_batches
 from common.command_line import command_line
-from common.data import NLI_TRAIN_FILES, file_record, read_korsts, read_nli_triplets
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
-from common.scoring import PairsEvaluator
+from common.splits import read_data
 from common.training import AdamWPerTask, TakeTurns, load_model, recipe_loss, recipe_trainer, train
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_multi_", num_epochs=5)
+    parser = recipe_parser(__doc__.splitlines()[0], "kor_multi_", num_epochs=5, scored_pairs=True)
     parser.add_argument("--nli_batch_size", type=int, default=64, help="triplets an NLI step")
     parser.add_argument("--sts_batch_size", type=int, default=8, help="pairs an STS step")
     parser.add_argument("--train_files", type=Path, nargs="+", help="KorNLI files instead of both")
@@ -41,21 +40,12 @@ def main() -> None:
     processes = start_processes()
     check_options(args, processes)
 
-    # 2. Data
-    train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
-    triplets, records = read_nli_triplets(train_files, args.seed)
-    files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")}
-    if args.no_test:
-        del files["test"]
-    tables = {name: read_korsts(path) for name, path in files.items()}
-    records += [file_record(files[name], len(table)) for name, table in tables.items()]
-    evaluators = {
-        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
-        for name, table in tables.items()
-    }
+    # 2. Data: KorNLI and KorSTS, or the files that the options name
+    data = read_data(args, "nli", "sts")
 
     # 3. Batches and schedule: NLI and STS in turn, an epoch as long as the shorter
-    rows, accumulation = len(tables["train"]), args.gradient_accumulation_steps
+    triplets, rows = data.train["nli"], len(data.train["sts"])
+    accumulation = args.gradient_accumulation_steps
     sts_batches = math.ceil((rows - rows % processes) / args.sts_batch_size)
     nli_batches = max(1, len(triplets) // args.nli_batch_size)
     steps_per_epoch = 2 * math.ceil(min(sts_batches, nli_batches) / accumulation)
@@ -80,14 +70,14 @@ def main() -> None:
     losses = {"nli": nli_loss, "sts": CosineSimilarityLoss(model)}
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records, model)
+    run = open_run(args, data.records, model)
     trainer = recipe_trainer(
         run,
         model,
-        train_data={"nli": triplets, "sts": tables["train"]},
+        train_data=data.train,
         losses={name: recipe_loss(model, loss, args) for name, loss in losses.items()},
         batches=batches,
-        dev=evaluators["dev"],
+        dev=data.dev,
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         optimizer=(AdamWPerTask, {"lr": args.learning_rate, "fused": True}),
         callbacks=[TakeTurns()],
@@ -96,7 +86,7 @@ def main() -> None:
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, evaluators.get("test"))
+    finish_run(run, result, data.test)
 
 
 if __name__ == "__main__":

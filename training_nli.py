@@ -14,25 +14,35 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers.sentence_transformer import losses
 
 from common.batches import no_duplicates_batches, share
-from common.command_line import command_line
-from common.data import NLI_TRAIN_FILES, file_record, read_korsts, read_nli_triplets
+from common.command_line import UserError, command_line
+from common.encoders import load_encoder
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
-from common.scoring import PairsEvaluator
+from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
+
+# Each is called with the model. forward(features, labels) gets the tokens of anchor, positive and,
+# of triplets, negative; labels is None. What has compute_loss_from_embeddings(embeddings, labels)
+# gets one (batch, dimension) tensor a column instead, of one forward. CACHED: in mini-batches.
+LOSSES = {
+    "mnr": partial(losses.MultipleNegativesRankingLoss, scale=20.0),
+    "gist": partial(losses.GISTEmbedLoss, temperature=0.05),
+}
+CACHED = {
+    "mnr": partial(losses.CachedMultipleNegativesRankingLoss, scale=20.0),
+    "gist": partial(losses.CachedGISTEmbedLoss, temperature=0.05),
+}
 
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_nli_", num_epochs=1)
+    parser = recipe_parser(__doc__.splitlines()[0], "kor_nli_", num_epochs=1)
     parser.add_argument("--batch_size", type=int, default=64, help="triplets a step")
     parser.add_argument(
         "--mini_batch_size",
@@ -45,22 +55,19 @@ def main() -> None:
         nargs="+",
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
+    parser.add_argument(
+        "--loss", choices=LOSSES, default="mnr", help="mnr as the original; gist goes with --guide"
+    )
+    parser.add_argument("--guide", metavar="MODEL", help="finds false negatives: name or folder")
     args = parser.parse_args()
     processes = start_processes()
     check_options(args, processes)
+    if args.mini_batch_size and args.loss not in CACHED:
+        raise UserError(f"--mini_batch_size: not with --loss {args.loss}")
 
-    # 2. Data
-    train_files = args.train_files or [args.data_dir / name for name in NLI_TRAIN_FILES]
-    triplets, records = read_nli_triplets(train_files, args.seed)
-    files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("dev", "test")}
-    if args.no_test:
-        del files["test"]
-    tables = {name: read_korsts(path) for name, path in files.items()}
-    records += [file_record(files[name], len(table)) for name, table in tables.items()]
-    evaluators = {
-        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
-        for name, table in tables.items()
-    }
+    # 2. Data: KorNLI, dev and test of KorSTS, or the files that the options name
+    data = read_data(args, "nli")
+    triplets = data.train["nli"]
 
     # 3. Batches and schedule: full ones without a text twice
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
@@ -80,30 +87,31 @@ def main() -> None:
     epoch_ends = range(steps_per_epoch, steps, steps_per_epoch)
 
     # 4. Model and loss: each process has all processes' texts as negatives
-    model = load_model(args)
-    options = {"scale": 20.0, "gather_across_devices": processes > 1}
+    model, options = load_model(args), {}
+    guide = args.guide and load_encoder(args.guide, trust_remote_code=args.trust_remote_code)
+    if guide:
+        options["guide"] = guide.eval().requires_grad_(False)
     if args.mini_batch_size:
         options["mini_batch_size"] = args.mini_batch_size
-        loss = CachedMultipleNegativesRankingLoss(model, **options)
-    else:
-        loss = MultipleNegativesRankingLoss(model, **options)
+    loss = (CACHED if args.mini_batch_size else LOSSES)[args.loss](model, **options)
+    loss.gather_across_devices = processes > 1
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records, model)
+    run = open_run(args, data.records, model, guide)
     trainer = recipe_trainer(
         run,
         model,
-        train_data={"nli": triplets},
+        train_data=data.train,
         losses={"nli": recipe_loss(model, loss, args)},
         batches=batches,
-        dev=evaluators["dev"],
+        dev=data.dev,
         evaluate_at={*range(1000, steps, 1000), *epoch_ends},
         **schedule,
     )
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, evaluators.get("test"))
+    finish_run(run, result, data.test)
 
 
 if __name__ == "__main__":

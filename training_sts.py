@@ -19,10 +19,9 @@ from sentence_transformers.sentence_transformer import losses
 
 from common.batches import share, shuffled_batches
 from common.command_line import command_line
-from common.data import file_record, read_korsts
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
-from common.scoring import PairsEvaluator
+from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
 
 
@@ -39,6 +38,9 @@ class PearsonLoss(torch.nn.Module):
         return 1 - torch.cosine_similarity(cosine - cosine.mean(), labels - labels.mean(), dim=0)
 
 
+# Each is called with the model. forward(features, labels) gets the tokens of the two sentences, and
+# the scores, (batch,) float32 in [0, 1]. What has compute_loss_from_embeddings(embeddings, labels)
+# gets two (batch, dimension) tensors instead, of one forward.
 LOSSES = {
     "cosine": losses.CosineSimilarityLoss,
     "cosent": losses.CoSENTLoss,
@@ -49,7 +51,7 @@ LOSSES = {
 
 def main() -> None:
     # 1. Options
-    parser = recipe_parser(__doc__.splitlines()[0], output_prefix="kor_sts_", num_epochs=5)
+    parser = recipe_parser(__doc__.splitlines()[0], "kor_sts_", num_epochs=5, scored_pairs=True)
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step")
     parser.add_argument(
         "--loss",
@@ -62,19 +64,11 @@ def main() -> None:
     processes = start_processes()
     check_options(args, processes)
 
-    # 2. Data
-    files = {name: args.data_dir / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")}
-    if args.no_test:
-        del files["test"]
-    tables = {name: read_korsts(path) for name, path in files.items()}
-    records = [file_record(files[name], len(table)) for name, table in tables.items()]
-    evaluators = {
-        name: PairsEvaluator(table, files[name].name, args.matryoshka_dims)
-        for name, table in tables.items()
-    }
+    # 2. Data: KorSTS, or the files that the options name
+    data = read_data(args, "sts")
 
     # 3. Batches and schedule: every pair once an epoch, in a new order
-    rows = len(tables["train"])
+    rows = len(data.train["sts"])
     batches_per_epoch = math.ceil((rows - rows % processes) / args.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
@@ -95,21 +89,21 @@ def main() -> None:
     loss = LOSSES[args.loss](model)
 
     # 5. Training: the dev score decides which checkpoint is kept
-    run = open_run(args, records, model)
+    run = open_run(args, data.records, model)
     trainer = recipe_trainer(
         run,
         model,
-        train_data={"sts": tables["train"]},
+        train_data=data.train,
         losses={"sts": recipe_loss(model, loss, args, gather=processes > 1)},
         batches=batches,
-        dev=evaluators["dev"],
+        dev=data.dev,
         evaluate_at=set(range(steps_per_epoch, steps, steps_per_epoch)),
         **schedule,
     )
     result = train(run, trainer)
 
     # 6. Test score
-    finish_run(run, result, evaluators.get("test"))
+    finish_run(run, result, data.test)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def no_duplicates_batches(
     would be its own in-batch negative.
 
     Raises:
-        UserError: the triplets cannot fill one batch.
+        UserError: the triplets (or pairs) cannot fill one batch.
     """
     normalised = triplets.apply(lambda column: column.str.strip().str.lower())
     sampler = NoDuplicatesBatchSampler(
@@ -60,8 +60,9 @@ def no_duplicates_batches(
             empty = False
             yield batch
         if empty:
+            what = "triplets" if "negative" in triplets.columns else "pairs"
             raise UserError(
-                f"{len(triplets):,} triplets cannot fill one batch of {batch_size} "
+                f"{len(triplets):,} {what} cannot fill one batch of {batch_size} "
                 "without a text twice: more data or a smaller batch size is needed"
             )
 

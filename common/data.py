@@ -1,5 +1,7 @@
 """Reads KorSTS, KorNLI and KLUE-STS into checked pandas tables, and builds NLI triplets.
 
+`formats` reads all other forms of pairs and triplets.
+
 KorSTS and KorNLI are the files of https://github.com/kakaobrain/KorNLUDatasets (CC BY-SA 4.0),
 KLUE-STS is that of https://github.com/KLUE-benchmark/KLUE (CC BY-SA 4.0). Text is never touched:
 quotes are text, and only the two ends of NLI sentences are stripped, as the original did.
@@ -16,6 +18,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +52,7 @@ def blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def file_record(path: Path, rows: int, left_out: int = 0) -> dict[str, str | int | bool | None]:
+def file_record(path: Path, rows: int, left_out: int = 0) -> dict[str, Any]:
     """Describes a data file for run.json, and says on stderr when it is not the published one.
 
     `published` is True or False for a file with a published name, None for any other.
@@ -69,7 +72,8 @@ def file_record(path: Path, rows: int, left_out: int = 0) -> dict[str, str | int
     }
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Returns a file's content; raises `UserError` where it cannot be read or is empty."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -81,7 +85,8 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _decode(content: bytes, path: Path) -> str:
+def decode(content: bytes, path: Path) -> str:
+    """Returns UTF-8 content as text, without a BOM; raises `UserError` where it is none."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,10 +96,33 @@ def _decode(content: bytes, path: Path) -> str:
         raise UserError(f"{path}:{line}: byte 0x{bad:02x} is not UTF-8") from None
 
 
-def _places(path: Path, problems: pd.Series) -> str:
-    """Formats problems (index: line number, value: what is wrong) as at most ten lines."""
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """Returns the value of JSON text that begins at a line of a file; raises `UserError`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Returns a Parquet file's columns; raises `UserError` for what is none."""
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's, too
+        raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
+
+
+def places(path: Path, problems: pd.Series, unit: str = "") -> str:
+    """Formats problems (index: number of the line, value: what is wrong) as at most ten lines.
+
+    Args:
+        unit: what is numbered where it is no line: `item` or `row`.
+    """
     problems = problems.sort_index(kind="stable")
-    shown = [f"{path}:{line}: {text}" for line, text in problems.head(PLACES_SHOWN).items()]
+    where = f"{path}: {unit} " if unit else f"{path}:"
+    shown = [f"{where}{number}: {text}" for number, text in problems.head(PLACES_SHOWN).items()]
     if len(problems) > PLACES_SHOWN:
         shown.append(f"{path}: {len(problems):,} problems in all, the first {PLACES_SHOWN} shown")
     return "\n".join(shown)
@@ -106,7 +134,7 @@ def _read_tsv(path: Path, columns: Sequence[str]) -> tuple[pd.DataFrame, pd.Seri
     Returns the rows with the right number of fields (index: line number in the file, columns in
     any order in the file) and, for the other lines, what is wrong with each.
     """
-    lines = [line.removesuffix("\r") for line in _decode(_read_bytes(path), path).split("\n")]
+    lines = [line.removesuffix("\r") for line in decode(read_bytes(path), path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:  # a BOM alone
@@ -157,9 +185,18 @@ def read_korsts(path: str | Path) -> pd.DataFrame:
         problems.append(blank.map(lambda _, column=column: f"{column} is blank"))
     found = pd.concat(problems)
     if len(found):
-        raise UserError(_places(path, found))
+        raise UserError(places(path, found))
     table = frame[["sentence1", "sentence2"]].assign(score=score / MAX_SCORE)
     return table.reset_index(drop=True)
+
+
+def text_problem(name: str, value: object) -> str | None:
+    """Returns what is wrong with a sentence that JSON or Parquet holds, or None."""
+    if not isinstance(value, str) or not value.strip():
+        return f"{name} is missing, blank or not text"
+    if re.search("[\ud800-\udfff]", value):  # JSON can escape half a character
+        return f"{name} is not Unicode text: half of a surrogate pair"
+    return None
 
 
 def _klue_sts_problem(item: object) -> str | None:
@@ -167,11 +204,8 @@ def _klue_sts_problem(item: object) -> str | None:
     if not isinstance(labels, dict):
         return "not an object with labels"
     for name in ("sentence1", "sentence2"):
-        sentence = item.get(name)
-        if not isinstance(sentence, str) or not sentence.strip():
-            return f"{name} is missing, blank or not text"
-        if re.search("[\ud800-\udfff]", sentence):  # JSON can escape half a character
-            return f"{name} is not Unicode text: half of a surrogate pair"
+        if problem := text_problem(name, item.get(name)):
+            return problem
     score, label = labels.get("real-label"), labels.get("binary-label")
     is_number = isinstance(score, int | float) and not isinstance(score, bool)
     if not is_number or not 0 <= score <= MAX_SCORE:
@@ -190,30 +224,15 @@ def read_klue_sts(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if path.suffix == ".parquet":
-        try:
-            items = pd.read_parquet(path).to_dict("records")
-        except (OSError, ValueError) as error:  # pyarrow's, too
-            raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
+        items = read_parquet(path).to_dict("records")
     else:
-        text = _decode(_read_bytes(path), path)
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
-            raise UserError(f"{path}: not JSON: {error}") from None
+        items = parse_json(decode(read_bytes(path), path), path)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: should be a JSON list of KLUE-STS items")
-    problems = [
-        f"{path}: item {number}: {problem}"
-        for number, item in enumerate(items, start=1)
-        if (problem := _klue_sts_problem(item))
-    ]
-    if len(problems) > PLACES_SHOWN:
-        count = f"{path}: {len(problems):,} problems in all, the first {PLACES_SHOWN} shown"
-        problems[PLACES_SHOWN:] = [count]
-    if problems:
-        raise UserError("\n".join(problems))
+    found = {number: _klue_sts_problem(item) for number, item in enumerate(items, start=1)}
+    problems = pd.Series(found, dtype="object").dropna()
+    if len(problems):
+        raise UserError(places(path, problems, "item"))
     return pd.DataFrame(
         {
             "sentence1": item["sentence1"],
@@ -240,9 +259,7 @@ def read_kornli(path: str | Path) -> tuple[pd.DataFrame, int]:
     unknown = label[~label.isin([*NLI_LABELS, "-"])]
     if len(unknown):
         expected = ", ".join(NLI_LABELS)
-        raise UserError(
-            _places(path, unknown.map(lambda value: f"label {value!r}, not {expected}"))
-        )
+        raise UserError(places(path, unknown.map(lambda value: f"label {value!r}, not {expected}")))
     blank = (frame["sentence1"] == "") | (frame["sentence2"] == "")
     odd = pd.concat(
         [
@@ -253,11 +270,11 @@ def read_kornli(path: str | Path) -> tuple[pd.DataFrame, int]:
     )
     if len(odd) > MAX_LEFT_OUT * (len(frame) + len(fields)):
         raise UserError(
-            f"{_places(path, odd)}\n{path}: {len(odd):,} of {len(frame) + len(fields):,} rows "
+            f"{places(path, odd)}\n{path}: {len(odd):,} of {len(frame) + len(fields):,} rows "
             f"cannot be used; more than {MAX_LEFT_OUT:.0%} is a broken file"
         )
     if len(odd):
-        print(f"warning: {len(odd):,} rows left out:\n{_places(path, odd)}", file=sys.stderr)
+        print(f"warning: {len(odd):,} rows left out:\n{places(path, odd)}", file=sys.stderr)
     return frame.drop(index=odd.index, errors="ignore").reset_index(drop=True), len(odd)
 
 
@@ -312,22 +329,17 @@ def nli_triplets(table: pd.DataFrame, generator: np.random.Generator) -> pd.Data
     )
 
 
-def read_nli_triplets(
-    paths: Sequence[str | Path], seed: int
-) -> tuple[pd.DataFrame, list[dict[str, str | int | bool | None]]]:
-    """Reads KorNLI files and returns their triplets, one file after the other, and file records.
+def read_kornli_triplets(
+    path: Path, generator: np.random.Generator
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Reads a KorNLI file; returns its triplets, partners drawn with `generator`, and its record.
 
-    Each file is treated alone, as in the original. Raises `UserError` for a file without triplet.
+    Raises `UserError` for a file without triplet.
     """
-    generator = np.random.default_rng(seed)
-    tables, records = [], []
-    for path in map(Path, paths):
-        table, left_out = read_kornli(path)
-        triplets = nli_triplets(table, generator)
-        if triplets.empty:
-            raise UserError(
-                f"{path}: no triplet: no sentence has both an entailment and a contradiction"
-            )
-        tables.append(triplets)
-        records.append(file_record(path, len(table), left_out))
-    return pd.concat(tables, ignore_index=True), records
+    table, left_out = read_kornli(path)
+    triplets = nli_triplets(table, generator)
+    if triplets.empty:
+        raise UserError(
+            f"{path}: no triplet: no sentence has both an entailment and a contradiction"
+        )
+    return triplets, file_record(path, len(table), left_out)

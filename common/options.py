@@ -18,8 +18,14 @@ from common.encoders import POOLINGS
 from common.run_folder import check_folder
 
 
-def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all recipes have. Names and defaults: the original."""
+def recipe_parser(
+    description: str, output_prefix: str, num_epochs: int, *, scored_pairs: bool = False
+) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all recipes have. Names and defaults: the original.
+
+    Args:
+        scored_pairs: the recipe trains on pairs with scores: --train_file and --dev_share.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -50,6 +56,22 @@ def recipe_parser(description: str, output_prefix: str, num_epochs: int) -> argp
         "--trust_remote_code",
         action="store_true",
         help="run Python code that the model carries: it can do anything on this machine",
+    )
+    add = parser.add_argument_group("data of your own (forms: docs/own_data.md)").add_argument
+    if scored_pairs:
+        add("--train_file", type=Path, nargs="+", metavar="FILE", help="pairs instead of KorSTS's")
+        add("--dev_share", type=float, metavar="S", help="split this share of train off as dev")
+    add("--dev_file", type=Path, metavar="FILE", help="pairs instead of KorSTS's dev set")
+    add("--test_file", type=Path, metavar="FILE", help="pairs instead of KorSTS's test set")
+    add(
+        "--max_score",
+        type=float,
+        help="the highest possible score of these files; KorSTS and KLUE-STS have 5 anyway",
+    )
+    add(
+        "--leave_out",
+        choices=("pairs", "sentences"),
+        help="of train, what holds a pair or a sentence of dev (or of test, without --no_test)",
     )
     add = parser.add_argument_group("schedule").add_argument
     add("--num_epochs", type=int, default=num_epochs, help="passes over the data")
@@ -144,7 +166,7 @@ def check_options(args: argparse.Namespace, processes: int) -> None:
     """
     positive = ("max_seq_length", "num_epochs", "max_steps", "learning_rate", "save_steps")
     positive += ("gradient_accumulation_steps", "early_stopping", "batch_size", "mini_batch_size")
-    positive += ("average_checkpoints",)
+    positive += ("average_checkpoints", "max_score")
     for name in (*positive, "nli_batch_size", "sts_batch_size"):
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
@@ -153,10 +175,17 @@ def check_options(args: argparse.Namespace, processes: int) -> None:
         share = getattr(args, option)
         if share is not None and not 0 <= share < 1:
             raise UserError(f"--{option} {share}: must be from 0 to below 1")
+    share = getattr(args, "dev_share", None)
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"--dev_share {share}: must be above 0 and below 1")
+    if share is not None and args.dev_file:
+        raise UserError("--dev_share and --dev_file: one of them makes the dev set")
     if not 0 <= args.start_weight < 1:
         raise UserError(f"--start_weight {args.start_weight}: must be from 0 to below 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: must be from 0 to 4294967295")
+    if bool(getattr(args, "guide", None)) != (getattr(args, "loss", None) == "gist"):
+        raise UserError("--loss gist and --guide MODEL go together")
     dims, weights = args.matryoshka_dims, args.matryoshka_weights
     if weights and not dims:
         raise UserError("--matryoshka_weights: give --matryoshka_dims too")

@@ -7,6 +7,7 @@ columns go through the encoder in one forward, laid side by side into rows witho
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -109,6 +110,16 @@ def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> 
         return output
 
     encoder.forward = packed_forward
+
+
+def takes_embeddings(loss: torch.nn.Module) -> bool:
+    """Tells whether a loss has compute_loss_from_embeddings(embeddings, labels).
+
+    Others (GIST, softmax, distillation, those with gradient caches) do more in their `forward`.
+    """
+    method = getattr(loss, "compute_loss_from_embeddings", None)
+    # The distillation losses' takes what their forward makes of the labels.
+    return method is not None and "labels" in inspect.signature(method).parameters
 
 
 class OneForward(torch.nn.Module):

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import platform
 import subprocess
 import sys
@@ -21,10 +22,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 
 from common.checkpoints import last_checkpoint
 from common.command_line import (
@@ -41,6 +41,7 @@ from common.command_line import (
 from common.encoders import model_folder, save_encoder, weight_files
 from common.evaluation import SCORE_KEYS, SIMILARITIES, bootstrap, interval, spearman_line
 from common.machine import cost_of, device_name, process_cost, training_precision
+from common.model_card import model_card
 from common.results import nearest_published
 from common.scoring import PairsEvaluator
 
@@ -48,7 +49,9 @@ PACKAGES = ("sentence-transformers", "transformers", "torch", "datasets", "accel
 # Options that may differ between a run and its --resume: they change nothing about the training,
 # or say where something is whose content is compared.
 FREE_ON_RESUME = ("resume", "run_dir", "output_dir", "push_to_hub", "no_test", "trust_remote_code")
-FREE_ON_RESUME += ("data_dir", "train_files", "model_name_or_path")
+FREE_ON_RESUME += ("data_dir", "train_files", "train_file", "dev_file", "test_file")
+FREE_ON_RESUME += ("model_name_or_path", "guide")
+
 Scores = dict[str, float]
 
 
@@ -125,7 +128,9 @@ def check_folder(args: argparse.Namespace) -> None:
     if run["finished"]:
         raise UserError(f"{args.run_dir}: this run finished at {run['finished']}")
     # What is saved is what is averaged.
-    free = FREE_ON_RESUME if args.average_checkpoints > 1 else (*FREE_ON_RESUME, "save_steps")
+    free = {*FREE_ON_RESUME} if args.average_checkpoints > 1 else {*FREE_ON_RESUME, "save_steps"}
+    if args.leave_out:
+        free -= {"no_test"}  # what is left out depends on it
     for name, value in _options(args).items():
         before = run["options"].get(name)
         if name not in free and before != value:
@@ -133,14 +138,18 @@ def check_folder(args: argparse.Namespace) -> None:
 
 
 def open_run(
-    args: argparse.Namespace, data: list[dict[str, Any]], model: SentenceTransformer
+    args: argparse.Namespace,
+    data: list[dict[str, Any]],
+    model: SentenceTransformer,
+    guide: SentenceTransformer | None = None,
 ) -> Run:
     """Makes the run folder and its run.json, or finds those of --resume, and locks the folder.
 
     Args:
         args: the command line.
-        data: what `data.file_record` says of each file.
+        data: what `splits.read_data` says of each file.
         model: what training starts from.
+        guide: what --guide names.
 
     Raises:
         UserError: another run is at work there, it began with other data or another model, or a
@@ -157,6 +166,7 @@ def open_run(
     precision = args.precision
     if is_main:
         begun = {"data": data, "start_model": start_model(args.model_name_or_path, model)}
+        begun["guide"] = start_model(args.guide, guide) if guide else None
         begun["processes"] = PartialState().num_processes
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -176,7 +186,7 @@ def open_run(
 
 
 def start_model(name_or_path: str, model: SentenceTransformer) -> dict[str, Any]:
-    """Returns what identifies the model that training starts from: name, and hash of each file."""
+    """Returns what identifies a model that a run begins with: name, and hash of each file."""
     return {
         "name": without_folder(name_or_path),
         "weights": weight_hashes(model_folder(model)),
@@ -192,14 +202,24 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 def _check_same_contents(folder: Path, now: dict[str, Any]) -> None:
     """Raises `UserError` where data or start model are not those that the run began with."""
     run = read_json(folder / "run.json")
-    before, found = ({r["file"]: r["blob_id"] for r in side["data"]} for side in (run, now))
-    for file in [*found, *before]:
+    for split in ("train", "dev", "test"):
+        before, found = (
+            [r for r in side["data"] if r.get("split") == split] for side in (run, now)
+        )
         # Without the test set, and with it again, a run is the same one.
-        if file in found and file in before and before[file] != found[file]:
-            raise UserError(f"--resume: {file}: another content than the run in {folder} has")
-    if run["start_model"]["weights"] != now["start_model"]["weights"]:
-        name = now["start_model"]["name"]
-        raise UserError(f"--resume: {name}: other weights than the run in {folder} began with")
+        if split == "test" and not (before and found):
+            continue
+        for old, new in itertools.zip_longest(before, found):
+            if old is None or new is None or old["blob_id"] != new["blob_id"]:
+                name = (new or old)["file"]
+                raise UserError(
+                    f"--resume: {name}: another content than the run in {folder} has for {split}"
+                )
+    for kind in ("start_model", "guide"):
+        before, found = run.get(kind) or {}, now[kind] or {}
+        if before.get("weights") != found.get("weights"):
+            name = found.get("name") or before["name"]
+            raise UserError(f"--resume: {name}: other weights than the run in {folder} began with")
     if run["processes"] != now["processes"]:
         print(
             f"note: {now['processes']} processes now, {run['processes']} before: the order of "
@@ -293,11 +313,12 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
             for name, value in nearest_published(REPOSITORY / "results", score):
                 print(f"published: {100 * value:.2f} {name}")
     write_json(run.folder / "scores.json", scores)
+    content = read_json(run.folder / "run.json") | result.figures
     with cost_of("saving", parts):
         plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
-        write_text(run.folder / "README.md", model_card(run, result.model, scores))
+        card = model_card(run.folder.name, run.args, content["data"], result.model, scores)
+        write_text(run.folder / "README.md", card)
         save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
-    content = read_json(run.folder / "run.json") | result.figures
     content |= {"weights": weight_hashes(run.folder), "whole": process_cost(), "finished": _now()}
     write_json(run.folder / "run.json", content)
     if run.lock is not None:
@@ -318,60 +339,12 @@ def plot_scores(path: Path, dev_file: str, evaluations: list[tuple[int, Scores]]
     for name in SIMILARITIES:
         values = [100 * scores[f"{name}_spearman"] for _, scores in evaluations]
         axes.plot([step for step, _ in evaluations], values, marker="o", label=name)
-    axes.set(xlabel="optimizer step", ylabel="dev Spearman x100", title=dev_file)
+    title = dev_file if dev_file.isascii() else ""  # matplotlib's own font has no Hangul
+    axes.set(xlabel="optimizer step", ylabel="dev Spearman x100", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def model_card(run: Run, model: SentenceTransformer, scores: dict[str, Any]) -> str:
-    """Returns the run folder's README.md: a model card with the test scores as metadata."""
-    test, test_file = scores.get("test", {}), scores.get("test_file", "")
-    base = run.args.model_name_or_path
-    pooling = " and ".join(m.pooling_mode for m in model if isinstance(m, Pooling)) or "no"
-    card_data = ModelCardData(
-        language="ko",
-        license="cc-by-sa-4.0",  # KorNLUDatasets and the klue models ask for it
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "sentence-similarity", "feature-extraction"],
-        base_model=None if Path(base).exists() else base,
-        model_name=run.folder.name,
-        eval_results=[
-            EvalResult(
-                task_type="semantic-similarity",
-                dataset_type=test_file,
-                dataset_name="KorSTS test" if scores["test_pairs"] == 1379 else test_file,
-                metric_type=key,
-                metric_value=round(100 * test[key], 2),
-            )
-            for key in SCORE_KEYS
-            if key in test
-        ]
-        or None,
-    )
-    return f"""---
-{card_data.to_yaml()}
----
-
-# {run.folder.name}
-
-A Korean sentence encoder: {pooling} pooling, {run.args.max_seq_length} tokens, trained from
-`{Path(base).name if Path(base).exists() else base}` with `{Path(sys.argv[0]).name}` of
-ko-sentence-transformers (seed {run.args.seed}). Options, data and versions: `run.json`; all scores:
-`scores.json`. The training data, KorNLUDatasets, is CC BY-SA 4.0.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("PATH_OR_NAME")
-embeddings = model.encode(["안녕하세요?", "한국어 문장 임베딩을 위한 모델입니다."])
-```
-
-Dev cosine Spearman x100 ({scores["dev_file"]}, {scores["dev_pairs"]:,} pairs): \
-{100 * scores["dev"]["cosine_spearman"]:.2f}.
-"""
 
 
 def push(folder: Path, repository: str) -> None:

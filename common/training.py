@@ -22,10 +22,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
-)
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Transformer
 from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
@@ -45,7 +42,7 @@ from common.command_line import UserError, first_line
 from common.encoders import check_embeddings, default_prompt, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
 from common.machine import cost_of, peak_memory, process_cost
-from common.packing import OneForward, pack_sentences
+from common.packing import OneForward, pack_sentences, takes_embeddings
 from common.run_folder import Result, Run, Scores
 from common.scoring import PairsEvaluator
 
@@ -117,10 +114,18 @@ def recipe_loss(
     """Makes the loss take one forward, and count at each of --matryoshka_dims where given.
 
     Args:
+        loss: one that `takes_embeddings`; any other of sentence-transformers keeps its forwards.
         gather: the loss is to see the whole batch where several processes share it, and does not
             gather it itself.
+
+    Raises:
+        UserError: --resume with a loss that has weights of its own: checkpoints hold the model's.
     """
-    if not isinstance(loss, CachedMultipleNegativesRankingLoss):  # has forwards of its own
+    of_model = {id(parameter) for parameter in model.parameters()}
+    own = [p for p in loss.parameters() if p.requires_grad and id(p) not in of_model]
+    if own and args.resume:
+        raise UserError(f"--resume: {type(loss).__name__} has weights that no checkpoint holds")
+    if takes_embeddings(loss):
         loss = OneForward(model, loss, gather)
     if not args.matryoshka_dims:
         return loss
@@ -261,7 +266,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         return self.batches
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Leaves the library's card out: it asks the Hub; `run_folder.model_card` is ours."""
+        """Leaves the library's card out: it asks the Hub; `model_card.model_card` is ours."""
 
     @contextlib.contextmanager
     def as_saved(self) -> Iterator[None]:

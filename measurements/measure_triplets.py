@@ -1,4 +1,4 @@
-"""Times triplets from a file of KorNLI's size: common/data.py against the original's way.
+"""Times triplets from a file of KorNLI's size: common/formats.py against the original's way.
 
     python measurements/measure_triplets.py
 
@@ -81,7 +81,7 @@ def measure(way: str, path: str, seed: int) -> dict[str, float]:
     """Runs one way in this process. Memory is the process's peak, in GB of 10**9 bytes."""
     if way == "ours":
         sys.path.append(str(REPOSITORY))
-        from common.data import read_nli_triplets
+        from common.formats import read_nli_triplets
 
         def run() -> int:
             return len(read_nli_triplets([path], seed)[0])

@@ -10,7 +10,7 @@ from commands import SAMPLES
 
 from common.batches import no_duplicates_batches, share, shuffled_batches
 from common.command_line import UserError
-from common.data import read_nli_triplets
+from common.formats import read_nli_triplets
 
 
 def test_shuffled_batches_cover_every_row_each_pass_in_a_new_order() -> None:

@@ -25,8 +25,8 @@ from common.data import (
     read_klue_sts,
     read_kornli,
     read_korsts,
-    read_nli_triplets,
 )
+from common.formats import read_nli_triplets
 
 # A warning of pandas on odd data would be a defect of the readers.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -548,8 +548,8 @@ def test_every_candidate_is_drawn_and_the_seed_decides(write):
 
 def test_triplets_do_not_depend_on_the_hash_seed_folder_or_locale(shuffled_nli, tmp_path):
     code = (
-        "import sys; from common import data; path, = sys.argv[1:];"
-        "table, _ = data.read_nli_triplets([path], 777);"
+        "import sys; from common import formats; path, = sys.argv[1:];"
+        "table, _ = formats.read_nli_triplets([path], 777);"
         "sys.stdout.buffer.write(table.to_csv(index=False).encode())"
     )
     outputs = []

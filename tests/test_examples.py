@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import re
@@ -12,15 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 from commands import run_script
-from encoders import SAMPLES, write_plain_encoder
+from encoders import write_plain_encoder
 from hub import Hub
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
@@ -30,7 +25,6 @@ import semantic_search  # noqa: E402
 import semantic_search_onnx  # noqa: E402
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
-HEADER = "sentence1,sentence2,score\n"
 # What git leaves of a large file where Git-LFS is not installed.
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n"
 
@@ -178,140 +172,3 @@ def test_a_pointer_in_place_of_an_onnx_file_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: model.onnx: a Git-LFS pointer")
     assert len(done.stderr.splitlines()) == 1
-
-
-# --- fine_tune_your_own.py -------------------------------------------------------------------
-
-
-def sample_pairs() -> pd.DataFrame:
-    """Returns the 192 sample pairs; scores from 0 to 5."""
-    files = [SAMPLES / f"KorSTS/sts-{name}.tsv" for name in ("train", "dev", "test")]
-    tables = [pd.read_csv(file, sep="\t", quoting=csv.QUOTE_NONE) for file in files]
-    return pd.concat(tables)[["sentence1", "sentence2", "score"]]
-
-
-def test_training_moves_the_dev_score_and_leaves_the_model(
-    offline_encoder: Path, tmp_path: Path
-) -> None:
-    # Scores upside down: what the encoder cannot know yet, so that six steps show.
-    pairs = sample_pairs()
-    pairs["score"] = 5 - pairs["score"]
-    # As Excel writes it: a BOM, CRLF, and another column.
-    pairs.assign(note="a, b").to_csv(
-        tmp_path / "pairs.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n"
-    )
-    options = ["pairs.csv", "--model", offline_encoder, "--num_epochs", 1, "--output", "new/model"]
-    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = re.fullmatch(
-        r"(\d+) training pairs, (\d+) dev pairs\nbefore: (-\S+)\n(?s:.*)after: (-\S+)\n",
-        done.stdout,
-    )
-    assert found, done.stdout
-    dev = pairs.reset_index(drop=True).sample(frac=0.1, random_state=777)
-    assert int(found[2]) == len(dev) == 19
-    assert 150 < int(found[1]) <= len(pairs) - len(dev)
-    before, after = float(found[3]), float(found[4])
-    assert after > before + 2
-
-    evaluator = EmbeddingSimilarityEvaluator(
-        list(dev["sentence1"]),
-        list(dev["sentence2"]),
-        list(dev["score"] / 5),
-        main_similarity="cosine",
-    )
-    folder = tmp_path / "new/model"
-    scores = [
-        100 * evaluator(SentenceTransformer(str(path)))["spearman_cosine"]
-        for path in (offline_encoder, folder)
-    ]
-    assert scores == pytest.approx([before, after], abs=0.006)
-    assert list(folder.parent.iterdir()) == [folder]  # nothing is left beside it
-    assert not (folder / "README.md").exists()  # a card would quote the pairs
-
-    again = run("fine_tune_your_own.py", *options, cwd=tmp_path)
-    assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("error: new/model: [Errno 17] File exists")
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, ": [Errno 2] No such file"),
-        ("sentence1,score\na,1\n", ": needs the columns sentence1, sentence2, score"),
-        (HEADER + "가,나,1\n\n다,라,높음\n", ":4: could not convert string to float: '높음'"),
-        (HEADER + "가, ,nan\n", ":2: needs two sentences and a score from 0 to 5"),
-        (HEADER + '"가\n가",나,1\n가,나,-1\n', ":4: needs two sentences and a score from 0"),
-        (HEADER + "안녕, 하세요,다,1\n", ":2: not as many fields as the header: quote"),
-        (HEADER.encode() + "가,나,1\n".encode("cp949"), ": 'utf-8' codec can't decode"),
-        (HEADER + "가,나,1\n" * 50, ":51: too few pairs: 0 for training, 5 for dev"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_line(
-    content: str | bytes | None, says: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "pairs.csv"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    # A model that is not there: it must not be asked for before the file is right.
-    options = [path, "--output", tmp_path / "model", "--model", tmp_path / "nowhere/model"]
-    done = run("fine_tune_your_own.py", *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {path}{says}")
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_model_that_is_not_there_ends_training_before_it_begins(tmp_path: Path) -> None:
-    sample_pairs().to_csv(tmp_path / "pairs.csv", index=False)
-    options = ["pairs.csv", "--output", "model", "--model", "nowhere/a/model"]
-    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: nowhere/a/model: ")
-    assert os.listdir(tmp_path) == ["pairs.csv"]
-
-
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_pointer_in_place_of_the_weights_ends_training_before_it_begins(
-    weights: str, tiny: Path, tmp_path: Path
-) -> None:
-    sample_pairs().to_csv(tmp_path / "pairs.csv", index=False)
-    shutil.copytree(tiny, tmp_path / "pointer")
-    (tmp_path / "pointer/model.safetensors").unlink()
-    (tmp_path / "pointer" / weights).write_text(POINTER)
-    options = ["pairs.csv", "--output", "model", "--model", "pointer"]
-    done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: pointer: {weights} is a Git-LFS pointer")
-    assert not (tmp_path / "model").exists()
-
-
-def test_training_minds_precision_prompt_and_similarity_of_the_model(
-    tiny: Path, tmp_path: Path
-) -> None:
-    """A half-precision model with a prompt and dot products trains as its plain float32 twin does
-    on sentences that begin with the prompt."""
-    pairs, prompt = sample_pairs(), "문장: "
-    pairs.to_csv(tmp_path / "plain.csv", index=False)
-    columns = ["sentence1", "sentence2"]
-    pairs.assign(**{name: prompt + pairs[name] for name in columns}).to_csv(
-        tmp_path / "prompted.csv", index=False
-    )
-    model = SentenceTransformer(str(tiny)).to(torch.bfloat16)
-    model.to(torch.float32).save_pretrained(str(tmp_path / "twin"))
-    model.prompts, model.default_prompt_name = {"default": prompt}, "default"
-    model.similarity_fn_name = "dot"
-    model.to(torch.bfloat16).save_pretrained(str(tmp_path / "half"))
-    said, ends = [], []
-    for name, file in (("half", "plain.csv"), ("twin", "prompted.csv")):
-        options = [file, "--model", name, "--num_epochs", 1, "--output", f"{name}-trained"]
-        done = run("fine_tune_your_own.py", *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        said.append([line for line in done.stdout.splitlines() if line[0] in "ab"])
-        ends.append(load_file(tmp_path / f"{name}-trained/model.safetensors"))
-    assert said[0] == said[1] and len(said[0]) == 2
-    for name, value in ends[1].items():
-        assert ends[0][name].dtype == torch.float32
-        assert torch.equal(ends[0][name], value)

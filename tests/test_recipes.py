@@ -26,8 +26,9 @@ from sentence_transformers.util import cos_sim
 
 from common import training
 from common.batches import no_duplicates_batches, shuffled_batches
-from common.data import NLI_TRAIN_FILES, read_korsts, read_nli_triplets
+from common.data import NLI_TRAIN_FILES, read_korsts
 from common.encoders import save_encoder
+from common.formats import read_nli_triplets
 from common.run_folder import Run
 from common.scoring import PairsEvaluator
 from common.training import AdamWPerTask, RecipeTrainer
