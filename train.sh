@@ -3,7 +3,7 @@
 #
 # RECIPE is one of the names below (default: ko-sroberta-multitask) or `all`. A recipe trains a klue
 # model from the Hub and wants a GPU, or, where its name begins with e5, an encoder from PyPI on a
-# CPU. `demo` is the shortest of these, e5-small-ko-v2-short, with all that comes behind: a look at
+# CPU. `demo` is the shortest of these, e5-small-ko-v2-epoch, with all that comes behind: a look at
 # the other two scripts, a search, the export.
 #
 # DATA_DIR    folder of KorNLUDatasets (default: KorNLUDatasets beside this script; cloned if missing)
@@ -31,7 +31,8 @@ e5_v2() { # E5 wants its prompt, and a short training no dropout: e5_v2 OPTIONS.
     run python training_sts.py --model_name_or_path "$E5" $V2 --hidden_dropout 0 \
         --prompt "query: " --precision auto "$@"
 }
-SHORT="--num_epochs 1 --start_weight 0.25"
+EPOCH="--num_epochs 1 --start_weight 0.25"
+SHORT="--max_steps 200 --save_steps 20 --average_checkpoints 7 --start_weight 0.25"
 
 nli_files=() # KorNLI's, unless a recipe says others
 staged() { # NLI, then KorSTS from its best checkpoint: staged RECIPE MODEL OPTIONS...
@@ -68,6 +69,7 @@ recipe() {
         kf-deberta-multitask) run python training_multi-task.py --model_name_or_path kakaobank/kf-deberta-base "${d[@]}" ;;          # 86.25
         # Measured here, on two cores (README). The staged one takes XNLI's dev and test for KorNLI.
         e5-small-ko-sts) encoder; run python training_sts.py --model_name_or_path "$E5" "${d[@]}" ;;
+        e5-small-ko-v2-epoch) encoder; e5_v2 $EPOCH "${d[@]}" ;;
         e5-small-ko-v2-short) encoder; e5_v2 $SHORT "${d[@]}" ;;
         e5-small-ko-v2) encoder; e5_v2 $MEANS "${d[@]}" ;;
         e5-small-ko-v2-staged)
@@ -94,7 +96,7 @@ demo() {
         echo "SAMPLES: no KorNLUDatasets here: the demo takes tests/samples. Scores on them are no KorSTS scores."
     fi
     echo "== 2/5 v2 on KorSTS-train, one epoch (4 to 6 minutes on two cores)"
-    e5_v2 $SHORT --data_dir "$data" --run_dir "$folder/sts"
+    e5_v2 $EPOCH --data_dir "$data" --run_dir "$folder/sts"
     echo "== 3/5 NLI and multi-task, 4 steps each on tests/samples: that they run (half a minute)"
     for task in nli multi-task; do
         run python "training_$task.py" --model_name_or_path "$E5" --data_dir "$samples" \

@@ -1,4 +1,4 @@
-"""Measures whole runs: the short v2 of this repository against the original's own script.
+"""Measures whole runs: v2 in one epoch against the original's own script.
 
     python measurements/measure_whole_run.py --old_python OLD/bin/python \
         --model models/e5-small-ko --data_dir KorNLUDatasets
@@ -30,8 +30,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 EPOCHS = 5  # the original's
-# train.sh's e5-small-ko-v2-short, but for its precision.
-SHORT = [
+# train.sh's e5-small-ko-v2-epoch, but for its precision.
+EPOCH_OF_V2 = [
     "--loss", "pearson", "--batch_size", "32", "--learning_rate", "5e-5", "--attention_dropout",
     "0", "--hidden_dropout", "0", "--prompt", "query: ", "--num_epochs", "1", "--start_weight",
     "0.25",
@@ -137,11 +137,17 @@ def original(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return row, measured
 
 
-def short_v2(args: argparse.Namespace, precision: str, seed: int) -> dict[str, Any]:
-    """Runs the short v2; returns its row for `runs`, with the cost of its parts."""
+def epoch_of_v2(args: argparse.Namespace, precision: str, seed: int) -> dict[str, Any]:
+    """Runs v2 for one epoch; returns its row for `runs`, with the cost of its parts."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, REPOSITORY / "training_sts.py", "--run_dir", run_dir, *SHORT]
+        command = [
+            sys.executable,
+            REPOSITORY / "training_sts.py",
+            "--run_dir",
+            run_dir,
+            *EPOCH_OF_V2,
+        ]
         command += ["--model_name_or_path", args.model, "--data_dir", args.data_dir]
         command += ["--precision", precision, "--seed", seed]
         subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
@@ -155,7 +161,7 @@ def short_v2(args: argparse.Namespace, precision: str, seed: int) -> dict[str, A
     half = parts["dev scores"]["cpu_seconds"] / len(dev)
     times = [parts["start"]["cpu_seconds"] + half, trained]
     return {
-        "name": f"v2 short, {precision}",
+        "name": f"v2 one epoch, {precision}",
         "seed": seed,
         "points": [
             {
@@ -186,7 +192,7 @@ def measure(args: argparse.Namespace) -> None:
     runs = []
     for number, seed in enumerate(args.seeds):
         for precision in args.precisions:
-            runs.append(short_v2(args, precision, seed))
+            runs.append(epoch_of_v2(args, precision, seed))
             print(json.dumps(runs[-1]), file=sys.stderr)
         if number == 0:
             row, measured = original(args)
@@ -196,7 +202,7 @@ def measure(args: argparse.Namespace) -> None:
         mine = [run for run in runs if run["name"].endswith(precision)]
         for key in ("whole_cpu_seconds", "whole_wall_seconds"):
             median = statistics.median(run[key] for run in mine)
-            ratios[f"v2 short, {precision}: {key}"] = median / row[key]
+            ratios[f"v2 one epoch, {precision}: {key}"] = median / row[key]
     report = {
         "date": datetime.date.today().isoformat(),
         "command": stored_command(),
