@@ -16,8 +16,22 @@ FOLDERS = ("", "docs", "examples", "onnx", "results", "measurements")
 PAGES = sorted(page for name in FOLDERS for page in (REPOSITORY / name).glob("*.md"))
 KOREAN = [page for page in PAGES if page.name != "experiments.md"]
 # What the commands before, or the reader, make.
-MADE = ("models/e5-small-ko", "output/", "onnx/models/", "KorNLUDatasets/", "examples/web/public/")
-READERS = {"corpus.jsonl", "pairs.csv", "OLD/bin/python", "OV/bin/python", "RUN.onnx"}
+MADE = (
+    "models/e5-small-ko",
+    "output/",
+    "onnx/models/",
+    "KorNLUDatasets/",
+    "examples/web/public/",
+    "klue-sts-v1.1/",
+)
+READERS = {
+    "corpus.jsonl",
+    "pairs.csv",
+    "questions.jsonl",
+    "OLD/bin/python",
+    "OV/bin/python",
+    "RUN.onnx",
+}
 
 
 def text_of(page: Path) -> str:

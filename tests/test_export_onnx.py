@@ -570,12 +570,11 @@ def test_the_real_encoder(offline_encoder, real):
 
 @pytest.mark.slow
 @pytest.mark.skipif(KORSTS is None, reason="no KorNLUDatasets")
-def test_int8_of_the_real_encoder_loses_next_to_nothing(offline_encoder, tmp_path):
-    output = tmp_path / "e5.onnx"
-    command = [sys.executable, SCRIPT, "--model", offline_encoder, "--output", output,
-               "--quantize", "int8", "--data_dir", KORSTS,
-               "--results_dir", tmp_path, "--max_loss", "0.2"]  # fmt: skip
-    subprocess.run(command, check=True)
+def test_int8_of_the_real_encoder_loses_next_to_nothing(offline_encoder, tmp_path, export):
+    status, error = export(offline_encoder, "--quantize", "int8", "--data_dir", KORSTS,
+                           "--results_dir", tmp_path, "--max_loss", "0.2",
+                           output=tmp_path / "e5.onnx")  # fmt: skip
+    assert status == 0, error
     content = json.loads((tmp_path / "onnx/e5.json").read_text(encoding="utf-8"))
     _, fp32, int8 = content["rows"]
     assert abs(fp32["lost"]) < 1e-5 and int8["lost"] <= 0.002

@@ -7,14 +7,13 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import KORNLU, OFFLINE, SAMPLES, command, run, start, weights
+from commands import KORNLU, SAMPLES, run, start, weights
 from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
@@ -32,7 +31,6 @@ def check_kills(
     tmp_path: Path,
     kills: int,
     seconds: float,
-    own_interpreter: bool,
 ) -> None:
     """Kills a run at random moments; each run that ends in spite of it must give the weights (and
     scores) of an uninterrupted one. Every other kill falls while a checkpoint is being written or
@@ -46,14 +44,7 @@ def check_kills(
     finished = False
     while not finished or killed < kills:
         resume = ["--resume"] if (folder / "run.json").exists() else []
-        line = [*options, "--run_dir", folder, *resume]
-        if own_interpreter:
-            process = subprocess.Popen(
-                command(script, model, *line),
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=OFFLINE,
-            )  # fmt: skip
-        else:
-            process = start(script, model, *line)
+        process = start(script, model, *options, "--run_dir", folder, *resume)
         if killed < kills:
             if killed % 2:
                 # The first file of a checkpoint, or its last: then there is one to go on from.
@@ -84,7 +75,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(
     encoder: Path, tmp_path: Path
 ) -> None:
     options = ["--max_steps", 24, "--save_steps", 2, "--nli_batch_size", 8, "--no_test"]
-    check_kills("training_multi-task.py", encoder, options, tmp_path, 6, 2, own_interpreter=False)
+    check_kills("training_multi-task.py", encoder, options, tmp_path, 6, 2)
 
 
 @pytest.mark.slow
@@ -99,7 +90,7 @@ def test_killed_twenty_times_the_real_encoder_ends_with_the_same_weights(
     lines = (KORNLU / "KorSTS/sts-dev.tsv").read_text(encoding="utf-8").splitlines(True)
     (data / "sts-dev.tsv").write_text("".join(lines[:201]), encoding="utf-8")
     options = ["--max_steps", 60, "--save_steps", 10, "--data_dir", data.parent, "--no_test"]
-    check_kills("training_sts.py", offline_encoder, options, tmp_path, 20, 15, own_interpreter=True)
+    check_kills("training_sts.py", offline_encoder, options, tmp_path, 20, 8)
 
 
 def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
