@@ -13,6 +13,7 @@ import java.io.ByteArrayInputStream;
 import java.io.IOException;
 import java.nio.FloatBuffer;
 import java.nio.LongBuffer;
+import java.nio.charset.CharsetEncoder;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -144,9 +145,10 @@ public final class SentenceEncoder implements AutoCloseable {
      */
     public float[][] encode(List<String> sentences) {
         String[] texts = new String[sentences.size()];
+        CharsetEncoder unicode = StandardCharsets.UTF_8.newEncoder();
         for (int i = 0; i < texts.length; i++) {
             String sentence = sentences.get(i);
-            if (sentence == null || !StandardCharsets.UTF_8.newEncoder().canEncode(sentence)) {
+            if (sentence == null || !unicode.canEncode(sentence)) {
                 throw new IllegalArgumentException(
                         "sentence " + i + ": " + (sentence == null ? "null" : "unpaired surrogate"));
             }
@@ -160,7 +162,10 @@ public final class SentenceEncoder implements AutoCloseable {
             }
             for (int start = 0; start < texts.length; start += WINDOW) {
                 int end = Math.min(start + WINDOW, texts.length);
-                Encoding[] tokens = tokenizer.batchEncode(Arrays.copyOfRange(texts, start, end));
+                Encoding[] tokens =
+                        end - start == 1 // one needs no threads
+                                ? new Encoding[] {tokenizer.encode(texts[start])}
+                                : tokenizer.batchEncode(Arrays.copyOfRange(texts, start, end));
                 float[][] found = encodeSorted(tokens);
                 System.arraycopy(found, 0, embeddings, start, found.length);
             }
