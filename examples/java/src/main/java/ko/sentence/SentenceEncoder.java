@@ -108,18 +108,20 @@ public final class SentenceEncoder implements AutoCloseable {
             if (!session.getOutputNames().contains(OUTPUT)) {
                 throw new IOException(path + ": no file of onnx/export_onnx.py: no " + OUTPUT);
             }
-            String revision = session.getMetadata().getCustomMetadataValue("revision").orElse("");
-            if (!revision.equals(settings.get("revision").getAsString())) {
-                throw new IOException(settingsFile + ": is of another export than " + path);
+            for (String key : List.of("revision", "dimension", "max_seq_length")) {
+                String value = session.getMetadata().getCustomMetadataValue(key).orElse("");
+                if (!value.equals(settings.get(key).getAsString())) {
+                    throw new IOException(settingsFile + ": is of another export than " + path);
+                }
             }
             tokenizer = openTokenizer(tokenizerFile, settings.get("max_seq_length").getAsInt());
             JsonObject padding = definition.getAsJsonObject("padding");
             return new SentenceEncoder(path, settings, padding, tokenizer, session);
-        } catch (NullPointerException | ClassCastException | OrtException | IOException error) {
+        } catch (IOException error) {
             close(tokenizer, session);
-            if (error instanceof IOException) {
-                throw (IOException) error;
-            }
+            throw error;
+        } catch (OrtException | RuntimeException error) { // Gson's errors have no other base
+            close(tokenizer, session);
             throw new IOException(path + ": no file of onnx/export_onnx.py", error);
         }
     }
