@@ -3,10 +3,11 @@
     cd examples/java && mvn -q verify
     python measurements/measure_java.py --onnx onnx/models/RUN.onnx --data_dir KorNLUDatasets
 
-Two processes with two threads each hold the same file and take turns: 128 sentences of KorSTS-test
-in batches of 32, then 32 one by one, tokenising included, as often as --repeats says after three
-laps that are not counted (Java compiles what it repeats). The ratio is the median of those of
-neighbouring laps, since a shared machine's speed changes from one second to the next.
+Two processes with two threads each hold the same file and take turns: 64 sentences of KorSTS-test
+in batches of 32, then 16 one by one, tokenising included, as often as --repeats says after five
+laps that are not counted (Java compiles what it repeats). Who is first changes each time. The
+ratio is the median of those of neighbouring laps, since a shared machine's speed changes from one
+second to the next.
 RUN-int8.onnx is measured where it lies beside. What was found goes to java.json beside this script.
 """
 
@@ -34,8 +35,8 @@ sys.path.append(str(REPOSITORY))
 from common.command_line import UserError, command_line, write_json  # noqa: E402
 
 THREADS = 2
-SENTENCES = {32: 128, 1: 32}  # in a lap, by batch size
-NOT_COUNTED = 3
+SENTENCES = {32: 64, 1: 16}  # in a lap, by batch size
+NOT_COUNTED = 5
 LIBRARIES = ("onnxruntime", "tokenizers")
 
 
@@ -85,7 +86,8 @@ def measure(commands: dict[str, list[str]], repeats: int) -> dict[int, dict[str,
         laps = {size: {side: [] for side in sides} for size in SENTENCES}
         for repeat in range(NOT_COUNTED + repeats):
             for size, count in SENTENCES.items():
-                for side, process in sides.items():
+                for side in sorted(sides, reverse=repeat % 2 == 1):
+                    process = sides[side]
                     print(size, count, file=process.stdin, flush=True)
                     line = process.stdout.readline()
                     if not line:
@@ -104,7 +106,7 @@ def main() -> None:
     jar = REPOSITORY / "examples/java/target/semantic-search.jar"
     parser.add_argument("--jar", type=Path, default=jar, help="default: that of examples/java")
     parser.add_argument("--data_dir", type=Path, default=REPOSITORY / "KorNLUDatasets")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     output = Path(__file__).with_name("java.json")
     parser.add_argument("--output", type=Path, default=output, help="default: beside this script")

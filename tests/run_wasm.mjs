@@ -3,7 +3,13 @@
 import { readFileSync } from "node:fs";
 import * as ort from "onnxruntime-web/wasm";
 
-const ARRAYS = { float32: Float32Array, int64: BigInt64Array, uint8: Uint8Array, bool: Uint8Array };
+const ARRAYS = {
+  float32: Float32Array,
+  int64: BigInt64Array,
+  uint8: Uint8Array,
+  int8: Int8Array,
+  bool: Uint8Array,
+};
 const feeds = {};
 for (const [name, { type, dims, data }] of Object.entries(JSON.parse(readFileSync(0, "utf8")))) {
   const bytes = Uint8Array.from(Buffer.from(data, "base64"));

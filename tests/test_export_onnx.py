@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,13 @@ from transformers import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPOSITORY / "onnx"))
+sys.path += [str(REPOSITORY / "onnx"), str(REPOSITORY / "examples")]
 
 import check_onnx  # noqa: E402
 import export_onnx  # noqa: E402
 import measure_onnx  # noqa: E402
 import quantize_onnx  # noqa: E402
+import semantic_search_onnx  # noqa: E402
 
 from common.command_line import UserError, command_line  # noqa: E402
 from common.data import read_korsts  # noqa: E402
@@ -234,6 +236,59 @@ def test_the_default_prompt_is_the_consumers_business(tmp_path, export):
     assert export(folder) == (0, [])  # checked with the prompt before each sentence
     settings = json.loads((tmp_path / "out/tiny.json").read_text(encoding="utf-8"))
     assert settings["prompt"] == "질문: "
+
+
+# --- What programs in other languages have to find -------------------------------------------
+
+
+def test_the_golden_file_holds_the_vectors_of_each_file(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    prompts = {"prompts": {"query": "글 😀 "}, "default_prompt_name": "query"}
+    edit_json(folder / "config_sentence_transformers.json", **prompts)
+    golden = tmp_path / "golden/tiny.golden.json"
+    options = ["--golden", golden, "--quantize", "int8", "--data_dir", SAMPLES, "--force"]
+    assert export(folder, *options, "--results_dir", tmp_path, "--fp16") == (0, [])
+    assert left_over(golden.parent) == ["tiny.golden.json"]
+    content = json.loads(golden.read_text(encoding="utf-8"))
+    assert (content["prompt"], content["dimension"], content["max_seq_length"]) == (
+        "글 😀 ",
+        32,
+        128,
+    )
+    sentences = content["sentences"]
+    assert sentences == list(check_onnx.CHECK_SENTENCES)
+    nfd = [text for text in sentences if not unicodedata.is_normalized("NFC", text)]
+    assert len(nfd) == 1 and "" in sentences and " \n" in sentences
+    expected = load_encoder(str(folder), device="cpu").encode(sentences)
+    names = ["tiny.onnx", "tiny-fp16.onnx", "tiny-int8.onnx"]
+    assert list(content["vectors"]) == names
+    for name, tolerance in zip(names, (1e-5, 1e-2, None), strict=True):
+        vectors = np.array(content["vectors"][name])
+        if tolerance:
+            np.testing.assert_allclose(vectors, expected, rtol=0, atol=tolerance)
+        session, tokenizer = semantic_search_onnx.load(str(tmp_path / "out" / name))
+        found = semantic_search_onnx.embed(session, tokenizer, sentences)
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        close = (found * unit).sum(axis=1).min()
+        assert close > (0.99 if name == "tiny-int8.onnx" else 0.9999)
+
+
+def test_a_golden_file_is_of_its_export_or_is_not_there(tmp_path, bert, export, monkeypatch):
+    golden = tmp_path / "out/tiny.golden.json"
+    assert export(bert, "--golden", tmp_path / "out/tiny.json")[0] == 2
+    assert left_over(tmp_path / "out") == []
+    assert export(bert, "--golden", golden) == (0, [])
+    before = golden.read_bytes()
+    with monkeypatch.context() as patch:  # nothing is replaced: it stays
+        original = export_onnx.SentenceEncoder.forward
+        patch.setattr(export_onnx.SentenceEncoder, "forward", lambda *args: original(*args) + 2e-5)
+        assert export(bert, "--golden", golden)[0] == 1
+    assert golden.read_bytes() == before
+    with monkeypatch.context() as patch:  # the file is replaced, but not its golden file
+        patch.setattr(export_onnx, "write_golden", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export(bert, "--golden", golden)
+    assert left_over(tmp_path / "out") == ["tiny.json", "tiny.onnx", "tiny.tokenizer.json"]
 
 
 # --- What is refused, and what failure leaves ------------------------------------------------

@@ -269,13 +269,13 @@ def test_each_model_is_scored_once(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored = []
-    score = PairsEvaluator.__call__
+    embed = PairsEvaluator.embed
 
-    def counted(self: PairsEvaluator, model: SentenceTransformer, *args: object, **options: object):
+    def counted(self: PairsEvaluator, model: SentenceTransformer) -> object:
         scored.append(self.file)
-        return score(self, model, *args, **options)
+        return embed(self, model)
 
-    monkeypatch.setattr(PairsEvaluator, "__call__", counted)
+    monkeypatch.setattr(PairsEvaluator, "embed", counted)
     done = run("training_sts.py", encoder, "--max_steps", 2, "--save_steps", 1,
                "--average_checkpoints", 2, "--start_weight", 0.5,
                "--run_dir", tmp_path / "run")  # fmt: skip

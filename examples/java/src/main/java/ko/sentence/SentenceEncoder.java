@@ -13,6 +13,7 @@ import java.io.ByteArrayInputStream;
 import java.io.IOException;
 import java.nio.FloatBuffer;
 import java.nio.LongBuffer;
+import java.nio.charset.CharsetEncoder;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -107,18 +108,20 @@ public final class SentenceEncoder implements AutoCloseable {
             if (!session.getOutputNames().contains(OUTPUT)) {
                 throw new IOException(path + ": no file of onnx/export_onnx.py: no " + OUTPUT);
             }
-            String revision = session.getMetadata().getCustomMetadataValue("revision").orElse("");
-            if (!revision.equals(settings.get("revision").getAsString())) {
-                throw new IOException(settingsFile + ": is of another export than " + path);
+            for (String key : List.of("revision", "dimension", "max_seq_length")) {
+                String value = session.getMetadata().getCustomMetadataValue(key).orElse("");
+                if (!value.equals(settings.get(key).getAsString())) {
+                    throw new IOException(settingsFile + ": is of another export than " + path);
+                }
             }
             tokenizer = openTokenizer(tokenizerFile, settings.get("max_seq_length").getAsInt());
             JsonObject padding = definition.getAsJsonObject("padding");
             return new SentenceEncoder(path, settings, padding, tokenizer, session);
-        } catch (NullPointerException | ClassCastException | OrtException | IOException error) {
+        } catch (IOException error) {
             close(tokenizer, session);
-            if (error instanceof IOException) {
-                throw (IOException) error;
-            }
+            throw error;
+        } catch (OrtException | RuntimeException error) { // Gson's errors have no other base
+            close(tokenizer, session);
             throw new IOException(path + ": no file of onnx/export_onnx.py", error);
         }
     }
@@ -144,9 +147,10 @@ public final class SentenceEncoder implements AutoCloseable {
      */
     public float[][] encode(List<String> sentences) {
         String[] texts = new String[sentences.size()];
+        CharsetEncoder unicode = StandardCharsets.UTF_8.newEncoder();
         for (int i = 0; i < texts.length; i++) {
             String sentence = sentences.get(i);
-            if (sentence == null || !StandardCharsets.UTF_8.newEncoder().canEncode(sentence)) {
+            if (sentence == null || !unicode.canEncode(sentence)) {
                 throw new IllegalArgumentException(
                         "sentence " + i + ": " + (sentence == null ? "null" : "unpaired surrogate"));
             }
@@ -160,7 +164,10 @@ public final class SentenceEncoder implements AutoCloseable {
             }
             for (int start = 0; start < texts.length; start += WINDOW) {
                 int end = Math.min(start + WINDOW, texts.length);
-                Encoding[] tokens = tokenizer.batchEncode(Arrays.copyOfRange(texts, start, end));
+                Encoding[] tokens =
+                        end - start == 1 // one needs no threads
+                                ? new Encoding[] {tokenizer.encode(texts[start])}
+                                : tokenizer.batchEncode(Arrays.copyOfRange(texts, start, end));
                 float[][] found = encodeSorted(tokens);
                 System.arraycopy(found, 0, embeddings, start, found.length);
             }

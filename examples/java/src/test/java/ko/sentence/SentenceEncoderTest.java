@@ -238,6 +238,7 @@ class SentenceEncoderTest {
         "model.json, [1], no JSON of onnx/export_onnx.py",
         "model.json, {}, no file of onnx/export_onnx.py",
         "model.json, '{\"revision\": \"other\"}', is of another export",
+        "model.json, '{\"revision\": []}', no file of onnx/export_onnx.py",
         "model.tokenizer.json, {}, cannot be loaded",
     })
     void aDamagedOrForeignFileIsNamed(String name, String content, String says, @TempDir Path folder)
