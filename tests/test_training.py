@@ -194,10 +194,10 @@ def test_a_loss_that_is_not_finite_names_step_data_and_sentences(
 ) -> None:
     script = (REPOSITORY / "training_sts.py").read_text()
     broken = tmp_path / "training_broken.py"
+    assert script.count("train_data=data.train") == 1
+    infinite = 'data.train["sts"].__setitem__("score", float("inf"))'
     broken.write_text(
-        script.replace(
-            "train_data={", 'train_data=tables["train"].__setitem__("score", float("inf")) or {'
-        )
+        script.replace("train_data=data.train", f"train_data={infinite} or data.train")
     )
     done = run(str(broken), encoder, "--max_steps", 2, "--run_dir", tmp_path / "run")
     assert done.returncode == 1
