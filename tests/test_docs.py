@@ -31,6 +31,7 @@ READERS = {
     "OLD/bin/python",
     "OV/bin/python",
     "RUN.onnx",
+    "이름.onnx",
 }
 
 
