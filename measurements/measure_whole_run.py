@@ -5,10 +5,10 @@
 
 OLD is an environment with sentence-transformers 2.7 and transformers 4. Counted is everything from
 the start of the process to its end: imports, dev scores, checkpoints, means, test. The original
-trains --old_epochs epochs (its five are equal: CPU seconds of the rest are those of the measured
-ones) and ours one run a seed, in turn with them. Dev scores by epoch and the test score of the
-original come from results/experiments/original-2.7-777.json. Everything goes to whole_run.json
-beside this script. Give it a machine with nothing else to do.
+trains --old_steps steps and takes one dev score; its five epochs are 3,595 such steps and five
+dev scores, and their cost is reckoned from these. Ours runs to its end, once a seed. Dev scores by
+epoch and the test score of the original come from results/experiments/original-2.7-777.json.
+Everything goes to whole_run.json beside this script. Give it a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 EPOCHS = 5  # the original's
+PARTS_OF_THE_ORIGINAL = ("training", "dev score", "saving and test")
 # train.sh's e5-small-ko-v2-epoch, but for its precision.
 EPOCH_OF_V2 = [
     "--loss", "pearson", "--batch_size", "32", "--learning_rate", "5e-5", "--attention_dropout",
@@ -38,7 +39,7 @@ EPOCH_OF_V2 = [
 ]  # fmt: skip
 
 
-def fit_old(model_name: str, data_dir: Path, epochs: int) -> dict[str, Any]:
+def fit_old(model_name: str, data_dir: Path, steps: int) -> dict[str, Any]:
     """The original's training_sts.py in short; returns what each part cost."""
     import torch
     from sentence_transformers import InputExample, SentenceTransformer, losses
@@ -66,11 +67,12 @@ def fit_old(model_name: str, data_dir: Path, epochs: int) -> dict[str, Any]:
     laps = []
 
     class Timed:
-        """The evaluator, with the times at which it ends."""
+        """The evaluator, with the times at which it begins and ends."""
 
         def __call__(self, *args: Any, **options: Any) -> float:
+            start = clock()
             score = dev(*args, **options)
-            laps.append((*clock(), score))
+            laps.append((start, clock()))
             return score
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,24 +80,29 @@ def fit_old(model_name: str, data_dir: Path, epochs: int) -> dict[str, Any]:
         model.fit(
             [(loader, losses.CosineSimilarityLoss(model))],
             evaluator=Timed(),
-            epochs=epochs,
+            epochs=1,
+            steps_per_epoch=steps,
             evaluation_steps=1000,
-            warmup_steps=-(-len(loader) * EPOCHS // 10),
+            warmup_steps=-(-steps // 10),
             output_path=folder,
             show_progress_bar=False,
         )
-        end = clock()
         model = SentenceTransformer(folder)
         test = EmbeddingSimilarityEvaluator.from_input_examples(examples("test"), name="sts-test")
         test(model)
     after = clock()
+    ((dev_begin, dev_end),) = laps
+
+    def cost(since: tuple[float, float], until: tuple[float, float]) -> dict[str, float]:
+        return {"wall_seconds": until[0] - since[0], "cpu_seconds": until[1] - since[1]}
+
     return {
-        "begin_cpu_seconds": begin[1],
-        "fit_wall_seconds": end[0] - begin[0],
-        "fit_cpu_seconds": end[1] - begin[1],
-        "test_wall_seconds": after[0] - end[0],
-        "test_cpu_seconds": after[1] - end[1],
-        "evaluations": len(laps),
+        "steps": steps,
+        "steps_an_epoch": len(loader),
+        "start_cpu_seconds": begin[1],
+        "training": cost(begin, dev_begin),
+        "dev score": cost(dev_begin, dev_end),
+        "saving and test": cost(dev_end, after),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
@@ -107,15 +114,21 @@ def original(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [args.old_python, __file__, "--old_report", report, "--model", args.model]
-        command += ["--data_dir", args.data_dir, "--old_epochs", args.old_epochs]
+        command += ["--data_dir", args.data_dir, "--old_steps", args.old_steps]
         start = time.time()
         subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
         wall = time.time() - start
         measured = json.loads(report.read_text(encoding="utf-8"))
-    more = EPOCHS / args.old_epochs - 1  # of the measured epochs, those that are still missing
-    epoch_cpu = measured["fit_cpu_seconds"] / args.old_epochs
-    cpu = sum(measured[f"{part}_cpu_seconds"] for part in ("begin", "fit", "test"))
-    measured |= {"epochs_measured": args.old_epochs, "wall_seconds": wall, "cpu_seconds": cpu}
+    rest = sum(measured[part]["wall_seconds"] for part in PARTS_OF_THE_ORIGINAL)
+    measured["start_wall_seconds"] = wall - rest  # imports, data, model
+    epochs = {}
+    for kind in ("wall_seconds", "cpu_seconds"):
+        step = measured["training"][kind] / measured["steps"]
+        epochs[kind] = measured["steps_an_epoch"] * step + measured["dev score"][kind]
+    whole = {
+        kind: measured[f"start_{kind}"] + EPOCHS * epochs[kind] + measured["saving and test"][kind]
+        for kind in epochs
+    }
     known = read_json(REPOSITORY / "results/experiments/original-2.7-777.json")
     scores = [100 * score for score in known["evaluations"].values()]
     row = {
@@ -123,13 +136,13 @@ def original(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": known["seed"],
         "points": [
             {
-                "cpu_seconds": measured["begin_cpu_seconds"] + (index + 1) * epoch_cpu,
+                "cpu_seconds": measured["start_cpu_seconds"] + (index + 1) * epochs["cpu_seconds"],
                 "dev_cosine_spearman_x100": score,
             }
             for index, score in enumerate(scores)
         ],
-        "whole_wall_seconds": wall + more * measured["fit_wall_seconds"],
-        "whole_cpu_seconds": cpu + more * measured["fit_cpu_seconds"],
+        "whole_wall_seconds": whole["wall_seconds"],
+        "whole_cpu_seconds": whole["cpu_seconds"],
         "peak_memory_mb": measured["peak_memory_mb"],
         "dev": max(scores),
         "test": 100 * known["test"]["cosine_spearman"],
@@ -225,13 +238,13 @@ def main() -> None:
     add("--old_python", help="the interpreter of an environment with sentence-transformers 2.7")
     add("--model", required=True)
     add("--data_dir", type=Path, required=True)
-    add("--old_epochs", type=int, default=1, help="measured of the original's five")
+    add("--old_steps", type=int, default=180, help="measured of the original's 3,595")
     add("--seeds", type=int, nargs="+", default=[777, 778, 779])
     add("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     add("--old_report", type=Path, help=argparse.SUPPRESS)  # in OLD's own process
     args = parser.parse_args()
     if args.old_report:
-        report = fit_old(args.model, args.data_dir, args.old_epochs)
+        report = fit_old(args.model, args.data_dir, args.old_steps)
         args.old_report.write_text(json.dumps(report), encoding="utf-8")
     else:
         measure(args)
