@@ -15,7 +15,12 @@ DATA_DIR=${DATA_DIR:-KorNLUDatasets}
 KORNLU_URL=${KORNLU_URL:-https://github.com/kakaobrain/KorNLUDatasets}
 
 run() { # prints the command, then runs it
-    echo "+ $*" >&2
+    local shown=+ word
+    for word in "$@"; do # quoted where a shell would split or change it
+        case $word in *[!A-Za-z0-9_./,:=+-]*) word="'$word'" ;; esac
+        shown+=" $word"
+    done
+    echo "$shown" >&2
     "$PYTHON" "${@:2}"
 }
 MRL="--matryoshka_dims 768,512,256,128,64,32"
@@ -95,7 +100,7 @@ demo() {
         data=$samples max_loss=100
         echo "SAMPLES: no KorNLUDatasets here: the demo takes tests/samples. Scores on them are no KorSTS scores."
     fi
-    echo "== 2/5 v2 on KorSTS-train, one epoch (4 to 6 minutes on two cores)"
+    echo "== 2/5 v2 on KorSTS-train, one epoch (5 to 10 minutes on two cores)"
     e5_v2 $EPOCH --data_dir "$data" --run_dir "$folder/sts"
     echo "== 3/5 NLI and multi-task, 4 steps each on tests/samples: that they run (half a minute)"
     for task in nli multi-task; do
