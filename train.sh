@@ -100,7 +100,7 @@ demo() {
         data=$samples max_loss=100
         echo "SAMPLES: no KorNLUDatasets here: the demo takes tests/samples. Scores on them are no KorSTS scores."
     fi
-    echo "== 2/5 v2 on KorSTS-train, one epoch (5 to 10 minutes on two cores)"
+    echo "== 2/5 v2 on sts-train.tsv, one epoch (5 to 10 minutes on two cores)"
     e5_v2 $EPOCH --data_dir "$data" --run_dir "$folder/sts"
     echo "== 3/5 NLI and multi-task, 4 steps each on tests/samples: that they run (half a minute)"
     for task in nli multi-task; do
@@ -110,7 +110,7 @@ demo() {
     done
     echo "== 4/5 A search with the model of 2/5"
     run python examples/semantic_search.py --model "$folder/sts"
-    echo "== 5/5 ONNX, and int8 calibrated on KorSTS-train, scored on KorSTS-test (a minute)"
+    echo "== 5/5 ONNX, and int8 calibrated on sts-train.tsv, scored on sts-test.tsv (a minute)"
     run python onnx/export_onnx.py --model "$folder/sts" --output "$folder/onnx/sts.onnx" \
         --quantize int8 --no_speed --max_loss "$max_loss" --data_dir "$data"
     cat <<END

@@ -422,6 +422,10 @@ def train(run: Run, trainer: RecipeTrainer) -> Result:
     }
     best_step, evaluated = trainer.state.best_global_step, evaluations(trainer.state)
     best, chosen, tried = trainer.model, f"step {best_step}", {}
+    # Gradients and the optimizer's moments have done their work: means take as much memory.
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    trainer.model.zero_grad(set_to_none=True)
     if run.is_main:
         with cost_of("reading back", parts):
             best = read_back(

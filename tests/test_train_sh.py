@@ -75,3 +75,30 @@ def test_v2_trains_nli_first_and_sts_from_it(tmp_path: Path) -> None:
     assert sts["options"]["loss"] == "pearson"
     assert "test" not in json.loads((run_folder / "nli/scores.json").read_text())
     assert "test" in json.loads((run_folder / "sts/scores.json").read_text())
+
+
+def test_a_printed_command_can_be_pasted(tmp_path: Path) -> None:
+    done = train_sh(copy_of_train_sh(tmp_path, "/bin/true"), "e5-small-ko-v2-epoch")
+    assert done.returncode == 0, done.stderr
+    build, training = (shlex.split(line)[1:] for line in done.stderr.splitlines())
+    assert build == ["python", "offline_encoder.py", "--output", "models/e5-small-ko"]
+    assert training[training.index("--prompt") + 1] == "query: "
+    assert training[training.index("--num_epochs") + 1] == "1"
+
+
+def test_the_demo_does_all_stages_and_says_how_to_go_on(tmp_path: Path) -> None:
+    done = train_sh(copy_of_train_sh(tmp_path, "/bin/true"), "demo")
+    assert done.returncode == 0, done.stderr
+    ran = [shlex.split(line)[2] for line in done.stderr.splitlines()]
+    assert ran == [
+        "offline_encoder.py", "training_sts.py", "training_nli.py", "training_multi-task.py",
+        "examples/semantic_search.py", "onnx/export_onnx.py",
+    ]  # fmt: skip
+    stages = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert [stage[3:6] for stage in stages] == ["1/5", "2/5", "3/5", "4/5", "5/5", "Go "]
+    trained = shlex.split(done.stderr.splitlines()[1])
+    folder = trained[trained.index("--run_dir") + 1]
+    *_, search, score, longer = done.stdout.splitlines()
+    assert search.startswith("/bin/true examples/semantic_search_onnx.py") and folder[:-3] in search
+    assert score.startswith(f"/bin/true benchmark.py {folder} ") and "--results_dir" in score
+    assert longer == "bash train.sh e5-small-ko-v2"
