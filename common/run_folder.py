@@ -307,7 +307,8 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
             if key.startswith("cosine_spearman@"):
                 print(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
         score = test_scores["cosine_spearman"]
-        print(f"cosine_spearman {100 * score:.2f} [{100 * low:.2f}, {100 * high:.2f}] (95%)")
+        ends = f"[{100 * low:.2f}, {100 * high:.2f}]"
+        print(f"{test.file}: cosine_spearman {100 * score:.2f}, 95% interval {ends}")
         records = {record["file"]: record for record in read_json(run.folder / "run.json")["data"]}
         if test.file in records and records[test.file]["published"]:
             for name, value in nearest_published(REPOSITORY / "results", score):

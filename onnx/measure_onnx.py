@@ -143,7 +143,7 @@ def score_line(rows: list[dict]) -> str:
     scores = ", ".join(f"{100 * row['cosine_spearman']:.2f}" for row in rows)
     low, high = (100 * end for end in rows[-1]["lost_interval"])
     lost = f"{100 * rows[-1]['lost']:.2f} [{low:.2f}, {high:.2f}] lost"
-    return f"{sizes}; cosine Spearman {scores}: {lost}"
+    return f"{sizes}; sts-test.tsv: cosine Spearman {scores}: {lost}"
 
 
 def file_row(name: str, path: Path) -> dict:

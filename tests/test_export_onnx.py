@@ -470,8 +470,8 @@ def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_pat
     size = (tmp_path / "out/tiny-int8.onnx").stat().st_size / 1e6
     number = r"-?\d+\.\d\d"
     assert re.fullmatch(
-        rf"ONNX fp32 \d+\.\d MB, ONNX int8 {size:.1f} MB; cosine Spearman {number}, {number}: "
-        rf"{number} \[{number}, {number}\] lost\n",
+        rf"ONNX fp32 \d+\.\d MB, ONNX int8 {size:.1f} MB; sts-test.tsv: "
+        rf"cosine Spearman {number}, {number}: {number} \[{number}, {number}\] lost\n",
         export.out,
     )
     assert not (tmp_path / "results").exists()

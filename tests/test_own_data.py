@@ -14,10 +14,10 @@ import torch
 from commands import SAMPLES, run, run_script, weights
 from encoders import edit_json
 
+from common.checkpoints import checkpoints, step_of
 from common.command_line import UserError
 from common.data import blob_id, read_korsts
 from common.formats import read_nli_triplets, read_pairs, read_triplets
-from common.run_folder import checkpoints, step_of
 from common.splits import overlap, split_off
 
 FORMS = ("csv", "tsv", "jsonl", "json", "parquet")
@@ -426,8 +426,9 @@ def sheet(tmp_path: Path) -> Path:
 
 
 def test_a_spreadsheet_of_200_rows_trains_v2_goes_on_and_is_delivered(
-    sheet: Path, encoder: Path, tmp_path: Path
+    sheet: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())  # of every checkpoint, the state, too
     table, _ = read_pairs(sheet, 10)
     assert len(table) == 200 and '그는 "네, 그래요"라고 했다' in set(table["sentence2"])
     options = ["--train_file", sheet, "--max_score", 10, "--dev_share", 0.1, "--no_test"]

@@ -77,7 +77,7 @@ def test_a_run_leaves_a_finished_folder(
     assert "sts-test.tsv, 48 pairs" in done.stdout
     low, high = scores["test_interval"]
     assert low < scores["test"]["cosine_spearman"] < high
-    assert f" [{100 * low:.2f}, {100 * high:.2f}] (95%)\n" in done.stdout
+    assert f", 95% interval [{100 * low:.2f}, {100 * high:.2f}]\n" in done.stdout
     assert "published:" not in done.stdout  # those are scores on another file
 
 
