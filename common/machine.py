@@ -29,7 +29,10 @@ def device_name(device: str | torch.device) -> str:
 
 
 def training_precision(asked: str) -> str:
-    """Returns what --precision stands for here: fp32, bf16 or fp16; says what auto takes."""
+    """Returns what --precision stands for here: fp32, bf16 or fp16.
+
+    Says on stderr what auto takes on a CPU, where it depends on more than the hardware.
+    """
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -67,28 +70,27 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kilobytes on Linux
 
 
-def process_cost() -> dict[str, Any]:
-    """Returns what this process has cost since it began, imports included.
+def cost(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
+    """Returns what something cost, as run.json keeps it: seconds, rounded to hundredths.
 
-    wall_seconds and cpu_seconds (of all threads), rounded to hundredths; peak_memory_mb (2^20).
+    CPU seconds are those of all threads; peak_memory_mb (2^20) is the most that the process has
+    had until now.
     """
     return {
-        "wall_seconds": round(time.time() - psutil.Process().create_time(), 2),
-        "cpu_seconds": round(time.process_time(), 2),
+        "wall_seconds": round(wall_seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "peak_memory_mb": peak_memory() // 2**20,
     }
+
+
+def process_cost() -> dict[str, Any]:
+    """Returns what this process has cost since it began, imports included."""
+    return cost(time.time() - psutil.Process().create_time(), time.process_time())
 
 
 @contextlib.contextmanager
 def cost_of(part: str, parts: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Adds to `parts` what the block cost: wall_seconds, cpu_seconds.
-
-    With peak_memory_mb, the most that the process has had by the end of the block.
-    """
+    """Adds to `parts` what the block cost."""
     wall, cpu = time.perf_counter(), time.process_time()
     yield
-    parts[part] = {
-        "wall_seconds": round(time.perf_counter() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "peak_memory_mb": peak_memory() // 2**20,
-    }
+    parts[part] = cost(time.perf_counter() - wall, time.process_time() - cpu)

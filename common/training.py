@@ -41,7 +41,7 @@ from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
 from common.command_line import UserError, first_line
 from common.encoders import check_embeddings, default_prompt, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
-from common.machine import cost_of, peak_memory, process_cost
+from common.machine import cost, cost_of, process_cost
 from common.packing import OneForward, pack_sentences, takes_embeddings
 from common.run_folder import Result, Run, Scores
 from common.scoring import PairsEvaluator
@@ -411,15 +411,10 @@ def train(run: Run, trainer: RecipeTrainer) -> Result:
     finally:
         if trainer.points.training_bar is not None:
             trainer.points.training_bar.close()  # an error gets a line of its own
-    parts["training"] = {
-        "wall_seconds": round(time.perf_counter() - wall - dev.wall_seconds, 2),
-        "cpu_seconds": round(time.process_time() - cpu - dev.cpu_seconds, 2),
-        "peak_memory_mb": peak_memory() // 2**20,
-    }
-    parts["dev scores"] = {
-        "wall_seconds": round(dev.wall_seconds, 2),
-        "cpu_seconds": round(dev.cpu_seconds, 2),
-    }
+    parts["training"] = cost(
+        time.perf_counter() - wall - dev.wall_seconds, time.process_time() - cpu - dev.cpu_seconds
+    )
+    parts["dev scores"] = cost(dev.wall_seconds, dev.cpu_seconds)
     best_step, evaluated = trainer.state.best_global_step, evaluations(trainer.state)
     best, chosen, tried = trainer.model, f"step {best_step}", {}
     # Gradients and the optimizer's moments have done their work: means take as much memory.
