@@ -123,8 +123,8 @@ class PairsEvaluator(BaseEvaluator):
 
     def embed(self, model: SentenceTransformer) -> tuple[np.ndarray, np.ndarray]:
         """Returns the embeddings of sentence1 and of sentence2, (pairs, dimension) float32."""
-        sentences, pairs = distinct_sentences(self.pairs)
-        first, second = encode_distinct(model, sentences, default_prompt(model))[pairs]
+        embeddings, pairs = encode_pairs(model, self.pairs, default_prompt(model))
+        first, second = embeddings[pairs]
         return first, second
 
     def scores_of(self, first: np.ndarray, second: np.ndarray) -> dict[str, float]:

@@ -28,6 +28,7 @@ from common.command_line import stored_command, write_json
 from common.encoders import default_prompt, model_folder, weight_files
 from common.evaluation import bootstrap, correlations, interval
 from common.exported import embed
+from common.scoring import distinct_sentences
 
 Encode = Callable[[list[str], int], np.ndarray]
 ROUNDS = 3
@@ -106,7 +107,7 @@ def measure(
         rows.append(file_row(name, path) | {"first_embedding_seconds": seconds})
         encoders.append(file_encoder(path, tokenizer, prompt))
 
-    sentences = list(dict.fromkeys([*test["sentence1"], *test["sentence2"]]))
+    sentences, _ = distinct_sentences(test)
     for batch_size, count in SENTENCES.items():
         sample = sentences[:: max(1, len(sentences) // count)]
         seconds = collections.defaultdict(list)
@@ -163,12 +164,10 @@ def file_encoder(path: Path, tokenizer: Tokenizer, prompt: str) -> Encode:
 
 def score_rows(rows: list[dict], encoders: list[Encode], test: pd.DataFrame) -> None:
     """Adds cosine_spearman and, against the first row, lost and lost_interval."""
-    sentences = list(dict.fromkeys([*test["sentence1"], *test["sentence2"]]))
-    resampled = []
+    sentences, pairs = distinct_sentences(test)
+    resampled, scores = [], test["score"].to_numpy()
     for row, encode in zip(rows, encoders, strict=True):
-        vectors = dict(zip(sentences, encode(sentences, 32), strict=True))
-        pair = [np.stack([vectors[text] for text in test[f"sentence{side}"]]) for side in (1, 2)]
-        scores = test["score"].to_numpy()
+        pair = encode(sentences, 32)[pairs]
         row["cosine_spearman"] = correlations(*pair, scores)["cosine_spearman"]
         resampled.append(bootstrap(*pair, scores)["cosine_spearman"])
         row["lost"] = rows[0]["cosine_spearman"] - row["cosine_spearman"]
