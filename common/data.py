@@ -72,6 +72,13 @@ def file_record(path: Path, rows: int, left_out: int = 0) -> dict[str, Any]:
     }
 
 
+def is_korsts_test(file: str, records: Sequence[dict[str, Any]]) -> bool:
+    """Tells whether a file, by its name among a run's records, is KorSTS-test as published."""
+    return any(
+        record["file"] == file == "sts-test.tsv" and record["published"] for record in records
+    )
+
+
 def read_bytes(path: Path) -> bytes:
     """Returns a file's content; raises `UserError` where it cannot be read or is empty."""
     try:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from common.data import is_korsts_test
 from common.evaluation import SCORE_KEYS
 
 
@@ -30,7 +31,7 @@ def model_card(
         scores: what scores.json holds.
     """
     test, test_file = scores.get("test", {}), scores.get("test_file", "")
-    is_korsts = any(r["file"] == test_file == "sts-test.tsv" and r["published"] for r in data)
+    is_korsts = is_korsts_test(test_file, data)
     train = [record for record in data if record["split"] == "train"]
     files = ", ".join(f"`{record['file']}` ({record['rows']:,} rows)" for record in train)
     base = args.model_name_or_path

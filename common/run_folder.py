@@ -38,6 +38,7 @@ from common.command_line import (
     write_json,
     write_text,
 )
+from common.data import is_korsts_test
 from common.encoders import model_folder, save_encoder, weight_files
 from common.evaluation import SCORE_KEYS, SIMILARITIES, bootstrap, interval, spearman_line
 from common.machine import cost_of, device_name, process_cost, training_precision
@@ -291,7 +292,8 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
     if scores["before_training"]:
         print(f"{dev.file} before training:  {spearman_line(scores['before_training'])}")
     print(f"{dev.file}, best ({result.chosen}): {spearman_line(result.scores)}")
-    parts = result.figures["parts"]
+    content = read_json(run.folder / "run.json") | result.figures
+    parts = content["parts"]
     if test is not None:
         with cost_of("test scores", parts):
             embeddings = test.embed(result.model)
@@ -309,12 +311,10 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
         score = test_scores["cosine_spearman"]
         ends = f"[{100 * low:.2f}, {100 * high:.2f}]"
         print(f"{test.file}: cosine_spearman {100 * score:.2f}, 95% interval {ends}")
-        records = {record["file"]: record for record in read_json(run.folder / "run.json")["data"]}
-        if test.file in records and records[test.file]["published"]:
+        if is_korsts_test(test.file, content["data"]):
             for name, value in nearest_published(REPOSITORY / "results", score):
                 print(f"published: {100 * value:.2f} {name}")
     write_json(run.folder / "scores.json", scores)
-    content = read_json(run.folder / "run.json") | result.figures
     with cost_of("saving", parts):
         plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
         card = model_card(run.folder.name, run.args, content["data"], result.model, scores)

@@ -21,6 +21,7 @@ from common.data import (
     PUBLISHED_BLOB_IDS,
     blob_id,
     file_record,
+    is_korsts_test,
     nli_triplets,
     read_klue_sts,
     read_kornli,
@@ -666,3 +667,15 @@ def test_every_script_runs_inside_command_line():
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text:
             assert "with command_line():" in text or "reconfigure(errors=" in text, path
+
+
+def test_korsts_test_is_a_name_and_its_published_content() -> None:
+    def record(file: str, published: bool | None) -> dict[str, object]:
+        return {"file": file, "published": published}
+
+    published = [record("sts-dev.tsv", True), record("sts-test.tsv", True)]
+    assert is_korsts_test("sts-test.tsv", published)
+    assert not is_korsts_test("sts-dev.tsv", published)  # published, and another file
+    assert not is_korsts_test("mine.csv", [*published, record("mine.csv", None)])
+    assert not is_korsts_test("sts-test.tsv", [record("sts-test.tsv", False)])
+    assert not is_korsts_test("sts-test.tsv", [])

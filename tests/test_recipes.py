@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,15 @@ def test_a_bad_file_stops_before_anything_is_left(encoder: Path, tmp_path: Path)
         done.stderr.strip() == f"error: {data}/KorSTS/sts-dev.tsv:50: score 'five' is not a number"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_score_on_korsts_test_stands_beside_published_ones(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.run_folder.is_korsts_test", lambda *_: True)
+    done = run("training_sts.py", encoder, "--max_steps", 1, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^published: \d\d\.\d\d \S+/\S+$", done.stdout, re.M)) == 3
 
 
 @pytest.mark.slow
