@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.metadata
 import os
 import statistics
@@ -33,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
 from common.command_line import UserError, command_line, write_json  # noqa: E402
+from common.data import read_korsts  # noqa: E402
 
 THREADS = 2
 SENTENCES = {32: 64, 1: 16}  # in a lap, by batch size
@@ -42,11 +42,7 @@ LIBRARIES = ("onnxruntime", "tokenizers")
 
 def sentences(path: Path) -> list[str]:
     """Returns distinct sentences of a KorSTS file, from all of it, sorted by length."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    distinct = list(dict.fromkeys(row["sentence1"] for row in rows))
+    distinct = read_korsts(path)["sentence1"].unique().tolist()
     count = max(SENTENCES.values())
     if len(distinct) < count:
         raise UserError(f"{path}: fewer than {count} sentences")

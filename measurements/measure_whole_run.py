@@ -14,7 +14,6 @@ Everything goes to whole_run.json beside this script. Give it a machine with not
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import platform
@@ -42,19 +41,14 @@ EPOCH_OF_V2 = [
 def fit_old(model_name: str, data_dir: Path, steps: int) -> dict[str, Any]:
     """The original's training_sts.py in short; returns what each part cost."""
     import torch
+    from measure_training import read_pairs
     from sentence_transformers import InputExample, SentenceTransformer, losses
     from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
     from torch.utils.data import DataLoader
 
     def examples(name: str) -> list[InputExample]:
-        with open(data_dir / f"KorSTS/sts-{name}.tsv", encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            return [
-                InputExample(
-                    texts=[row["sentence1"], row["sentence2"]], label=float(row["score"]) / 5
-                )
-                for row in rows
-            ]
+        pairs = read_pairs(data_dir / f"KorSTS/sts-{name}.tsv")
+        return [InputExample(texts=[first, second], label=score) for first, second, score in pairs]
 
     def clock() -> tuple[float, float]:
         return time.time(), time.process_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -13,6 +14,8 @@ import pytest
 from commands import run_script
 from conftest import REPOSITORY
 from encoders import SAMPLES, write_plain_encoder
+
+from common.experiment_log import without_repeats
 
 
 def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Path:
@@ -83,7 +86,13 @@ def test_a_printed_command_can_be_pasted(tmp_path: Path) -> None:
     build, training = (shlex.split(line)[1:] for line in done.stderr.splitlines())
     assert build == ["python", "offline_encoder.py", "--output", "models/e5-small-ko"]
     assert training[training.index("--prompt") + 1] == "query: "
-    assert training[training.index("--num_epochs") + 1] == "1"
+    # measurements/ measures the same recipe, but for its precision.
+    source = (REPOSITORY / "measurements/measure_whole_run.py").read_text(encoding="utf-8")
+    measured = ast.literal_eval(re.search(r"^EPOCH_OF_V2 = (\[.*?\])", source, re.M | re.S)[1])
+    places = ("--model_name_or_path", "--precision", "--data_dir")
+    options = without_repeats(training, places)
+    assert options[:2] == ["python", "training_sts.py"]
+    assert sorted(options[2:]) == sorted(measured)
 
 
 def test_the_demo_does_all_stages_and_says_how_to_go_on(tmp_path: Path) -> None:
