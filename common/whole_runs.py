@@ -129,7 +129,7 @@ def first_part(
     Args:
         results: as `results.read_results` gives them.
         comparisons: of v2 (A) with the original's recipe (B), the one of all pairs first.
-        runs: whole runs; those whose name begins with "v2 short" are shown.
+        runs: whole runs; all but the original's are shown.
     """
     published = {row["name"]: row for row in results if row["source"] == "published"}
     cells = [
@@ -152,7 +152,7 @@ def first_part(
             cells.append([label, OFFLINE_ENCODER, "KorSTS", f"{score} {ends}"])
     for name, seeds in by_name(runs).items():
         tests = [run["test"] for run in seeds if run["test"] is not None]
-        if name.startswith("v2 short") and tests:
+        if name != ORIGINAL and tests:
             how_many = f"시드 {len(tests)}개 평균" if len(tests) > 1 else "시드 하나"
             label = f"{korean_name(name)} ({how_many})"
             cells.append([label, OFFLINE_ENCODER, "KorSTS", _mean(tests)])

@@ -69,6 +69,8 @@ def test_the_first_table_has_published_rows_and_what_was_measured(report: Path) 
     assert lines[-1].startswith("| 짧은 v2, fp32 (시드 3개 평균) |")
     one = [run for run in runs if run["seed"] == 777]
     assert "| 짧은 v2, fp32 (시드 하나) |" in whole_runs.first_part(rows, V2, one)
+    renamed = [run | {"name": run["name"].replace("v2 short", "v2 one epoch")} for run in one]
+    assert "| v2 한 에포크, fp32 (시드 하나) |" in whole_runs.first_part(rows, V2, renamed)
 
 
 def test_nothing_is_shown_of_what_was_not_measured(tmp_path: Path) -> None:
