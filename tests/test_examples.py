@@ -69,6 +69,22 @@ def test_the_search_finds_what_it_found_before(offline_encoder: Path, tmp_path: 
         assert [score for _, score in hits] == pytest.approx(scores, abs=1e-4)
 
 
+def test_examples_that_stand_alone_do_not_drift_apart() -> None:
+    """What each of them carries, so that it can be copied alone, is the same in all."""
+    texts = [*semantic_search.CORPUS, *semantic_search.QUERIES]
+    for name in ("vector_search.py", "java/src/main/java/ko/sentence/SemanticSearch.java"):
+        source = (EXAMPLES / name).read_text(encoding="utf-8")
+        places = [source.find(f'"{text}"') for text in texts]
+        assert -1 not in places and places == sorted(places), name
+    normalizers = [
+        re.search(
+            r"^const NMT = .*?^};", (EXAMPLES / name).read_text(encoding="utf-8"), re.M | re.S
+        )
+        for name in ("node/sentence-encoder.js", "web/worker.js")
+    ]
+    assert normalizers[0][0] == normalizers[1][0]
+
+
 def test_both_searches_and_the_page_hold_the_same_sentences() -> None:
     assert semantic_search.CORPUS == semantic_search_onnx.CORPUS
     assert semantic_search.QUERIES == semantic_search_onnx.QUERIES
