@@ -45,6 +45,7 @@ from common.data import read_korsts  # noqa: E402
 from common.encoders import load_encoder, save_encoder  # noqa: E402
 from common.exported import embed  # noqa: E402
 from common.results import onnx_part, write_parts  # noqa: E402
+from common.scoring import distinct_sentences  # noqa: E402
 
 SCRIPT = REPOSITORY / "onnx/export_onnx.py"
 EXAMPLE = REPOSITORY / "examples/semantic_search_onnx.py"
@@ -461,6 +462,28 @@ def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
     assert content["rows"][1]["lost"] == pytest.approx(0, abs=1e-6)
     assert content["rows"][2]["size_bytes"] == path.stat().st_size
     assert str(tmp_path) not in json.dumps(content)
+
+
+def test_what_is_lost_is_the_first_files_score_less_the_files(tmp_path):
+    test = read_korsts(SAMPLES / "KorSTS/sts-test.tsv")
+    sentences, _ = distinct_sentences(test)
+    generator = np.random.default_rng(0)
+    vectors, others = (
+        dict(zip(sentences, generator.normal(size=(len(sentences), 8)), strict=True)) for _ in "ab"
+    )
+    for first, second, score in test[["sentence1", "sentence2", "score"]].to_numpy():
+        vectors[second] = score * vectors[first] + (1 - score) * vectors[second]
+
+    def encoder(noise: float) -> measure_onnx.Encode:
+        return lambda texts, _: np.stack([vectors[t] + noise * others[t] for t in texts])
+
+    rows = [{}, {}]
+    measure_onnx.score_rows(rows, [encoder(0), encoder(2)], test)
+    one, other = (row["cosine_spearman"] for row in rows)
+    assert one > 0.9 > other
+    assert rows[0]["lost"] == 0 and rows[1]["lost"] == one - other
+    low, high = rows[1]["lost_interval"]
+    assert 0 < low < rows[1]["lost"] < high
 
 
 def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_path, bert, export):
