@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from transformers import PreTrainedTokenizerBase
 
 from common.command_line import UserError
 from common.data import NLI_TRAIN_FILES, file_record, read_korsts
 from common.formats import read_nli_triplets, read_pairs
 from common.scoring import PairsEvaluator
 
+UNKNOWN_SHARE, UNKNOWN_SAMPLE = 0.05, 1000  # from which share on, in how many rows
 # What to do about a default file that is not there.
 INSTEAD = {
     "train": "--train_file gives others",
@@ -181,3 +183,23 @@ def split_off(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFram
         file=sys.stderr,
     )
     return table[~is_off].reset_index(drop=True), table[is_off].reset_index(drop=True)
+
+
+def say_unknown_tokens(
+    tokenizer: PreTrainedTokenizerBase, train_data: dict[str, pd.DataFrame]
+) -> None:
+    """Says on stderr which share of the training sentences' tokens the tokenizer does not know."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    for name, table in train_data.items():
+        texts = table.select_dtypes(exclude="number").head(UNKNOWN_SAMPLE).to_numpy().ravel()
+        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])
+        share = (tokens == unknown).mean() if len(tokens) else 0
+        if share >= UNKNOWN_SHARE:
+            print(
+                f"warning: {name}: the tokenizer does not know {share:.0%} of the tokens: is it "
+                "one for Korean?",
+                file=sys.stderr,
+            )

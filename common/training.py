@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -45,8 +46,7 @@ from common.machine import cost, cost_of, process_cost
 from common.packing import OneForward, pack_sentences, takes_embeddings
 from common.run_folder import Result, Run, Scores
 from common.scoring import PairsEvaluator
-
-UNKNOWN_SHARE, UNKNOWN_SAMPLE = 0.05, 1000  # from which share on, in how many rows
+from common.splits import say_unknown_tokens
 
 
 def load_model(args: argparse.Namespace) -> SentenceTransformer:
@@ -85,24 +85,6 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
         raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
     pack_sentences(model)
     return model
-
-
-def say_unknown_tokens(model: SentenceTransformer, train_data: dict[str, pd.DataFrame]) -> None:
-    """Says on stderr which share of the training sentences' tokens the tokenizer does not know."""
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    if unknown is None:
-        return
-    for name, table in train_data.items():
-        texts = table.select_dtypes(exclude="number").head(UNKNOWN_SAMPLE).to_numpy().ravel()
-        encoded = model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        tokens = np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded])
-        share = (tokens == unknown).mean() if len(tokens) else 0
-        if share >= UNKNOWN_SHARE:
-            print(
-                f"warning: {name}: the tokenizer does not know {share:.0%} of the tokens: is it "
-                "one for Korean?",
-                file=sys.stderr,
-            )
 
 
 def recipe_loss(
@@ -258,6 +240,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         self.batches, self.keep_last, self.points = batches, keep_last, points
+        self.unchecked: list[tuple[int, dict[str, Any], torch.Tensor]] = []  # step, batch, loss
         super().__init__(**kwargs)
         self.remove_callback(ProgressCallback)
         self.add_callback(points)
@@ -283,6 +266,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
 
         On all processes: the library lets them encode shares of the sentences.
         """
+        self.check_losses()
         with self.as_saved():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -294,20 +278,33 @@ class RecipeTrainer(SentenceTransformerTrainer):
     ) -> torch.Tensor:
         batch = dict(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            texts = [
-                self.processing_class.decode(row, skip_special_tokens=True)
-                for name in sorted(batch)
-                if name.endswith("input_ids")
-                for row in batch[name]
-            ]
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}, data set {batch.get('dataset_name')}: the "
-                f"loss is {loss.item()} for the batch: {' | '.join(texts)}"
-            )
+        self.unchecked.append((self.state.global_step + 1, batch, loss))
+        if len(self.unchecked) >= self.args.logging_steps:
+            self.check_losses()
         return loss
 
+    def check_losses(self) -> None:
+        """Raises `FloatingPointError` that names the first batch whose loss is not finite.
+
+        Of all steps since the last call: each look at a loss would have the GPU waited for.
+        """
+        unchecked, self.unchecked = self.unchecked, []
+        losses = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
+        for (step, batch, _), loss in zip(unchecked, losses, strict=True):
+            if not math.isfinite(loss):
+                texts = [
+                    self.processing_class.decode(row, skip_special_tokens=True)
+                    for name in sorted(batch)
+                    if name.endswith("input_ids")
+                    for row in batch[name]
+                ]
+                raise FloatingPointError(
+                    f"step {step}, data set {batch.get('dataset_name')}: the loss is {loss} for "
+                    f"the batch: {' | '.join(texts)}"
+                )
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_losses()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -344,7 +341,7 @@ def recipe_trainer(
             clipping, optimizer.
     """
     args = run.args
-    say_unknown_tokens(model, train_data)
+    say_unknown_tokens(model.tokenizer, train_data)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "logs")
     arguments = SentenceTransformerTrainingArguments(
         **schedule,

@@ -38,7 +38,7 @@ from transformers import (
 
 from common.encoders import load_encoder
 from common.exported import embed
-from common.training import say_unknown_tokens
+from common.splits import say_unknown_tokens
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = LAYERS | {
@@ -398,5 +398,7 @@ def test_unknown_tokens_are_said_from_5_percent_on(capsys: pytest.CaptureFixture
     model = SimpleNamespace(tokenizer=tokenizer)
     for known in (19, 20):
         words = " ".join(["?"] + ["가"] * known)
-        say_unknown_tokens(model, {"sts": pd.DataFrame({"anchor": [words], "score": [1.0]})})
+        say_unknown_tokens(
+            model.tokenizer, {"sts": pd.DataFrame({"anchor": [words], "score": [1.0]})}
+        )
         assert ("does not know 5% of the tokens" in capsys.readouterr().err) == (known == 19)

@@ -206,6 +206,35 @@ def test_a_loss_that_is_not_finite_names_step_data_and_sentences(
     assert not (tmp_path / "run/modules.json").exists()
 
 
+def test_losses_are_looked_at_together_and_the_first_bad_one_is_named(
+    encoder: Path, tmp_path: Path
+) -> None:
+    """Step by step, a GPU would be waited for; before anything is scored or saved, all are."""
+    script = (REPOSITORY / "training_sts.py").read_text()
+    broken = tmp_path / "training_broken.py"
+    counted = """
+class Broken(losses.CosineSimilarityLoss):
+    steps = 0
+
+    def compute_loss_from_embeddings(self, *inputs):
+        self.steps += 1
+        loss = super().compute_loss_from_embeddings(*inputs)
+        return loss * float("nan") if self.steps > 2 else loss
+
+
+LOSSES["broken"] = Broken
+
+
+def main("""
+    assert script.count("\ndef main(") == 1
+    broken.write_text(script.replace("\ndef main(", counted, 1))
+    options = ["--loss", "broken", "--max_steps", 9]  # scored behind the last
+    done = run(str(broken), encoder, *options, "--run_dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert "error: step 3, data set sts: the loss is nan for the batch: " in done.stderr
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
 def test_a_second_stage_keeps_the_prompt_of_the_first(encoder: Path, tmp_path: Path) -> None:
     def stage(model: Path, name: str, *options: object) -> subprocess.CompletedProcess:
         done = run("training_sts.py", model, "--max_steps", 3, "--no_test", *options,

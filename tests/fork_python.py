@@ -1,0 +1,79 @@
+"""`python` for shell commands in tests: forks a process that has loaded torch already.
+
+    python fork_python.py --serve SOCKET           # the process that forks
+    python -IS fork_python.py SOCKET x.py ...      # what a shell is given as `python`
+
+Loading torch takes ten seconds, and a page of commands starts dozens of scripts. Whatever is no
+script (`-m`, `-c`, `-`) goes to the real interpreter, FORK_PYTHON_REAL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+
+LONGEST_MESSAGE = 1 << 20
+
+
+def ask(path: str, arguments: list[str]) -> int:
+    """Runs a script with this process's arguments, folder, environment and streams."""
+    real = os.environ["FORK_PYTHON_REAL"]
+    if not arguments or not arguments[0].endswith(".py"):
+        os.execv(real, [real, *arguments])
+    message = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(path)
+        socket.send_fds(server, [json.dumps(message).encode()], [0, 1, 2])
+        return int(server.recv(16) or 1)
+
+
+def serve(path: str) -> None:
+    """Forks for every script that is asked for, one after the other."""
+    import preloaded  # noqa: F401
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
+        del sys.modules[name]  # a script's own folder has its own
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = listener.accept()
+            content, streams, _, _ = socket.recv_fds(client, LONGEST_MESSAGE, 3)
+            child = os.fork()
+            if child == 0:
+                listener.close()
+                client.close()
+                become(json.loads(content), streams)
+                return
+            for stream in streams:
+                os.close(stream)
+            client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
+            client.close()
+
+
+def become(message: dict, streams: list[int]) -> None:
+    """Makes of this process the script that is asked for, and runs it."""
+    import runpy
+
+    import torch
+
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(message["folder"])
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    sys.argv = message["arguments"]
+    sys.path[:0] = [os.path.dirname(os.path.abspath(sys.argv[0]))]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2])
+    else:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]))
