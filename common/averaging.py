@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from common.checkpoints import checkpoints, step_of
+from common.checkpoints import MEAN, checkpoints, step_of
 from common.encoders import load_encoder
 from common.evaluation import spearman_line
 from common.run_folder import Run, Scores
@@ -36,6 +39,45 @@ def mean_weights(
     return mean
 
 
+def add_to_mean(checkpoint: Path, model: SentenceTransformer, steps: Sequence[int]) -> None:
+    """Writes beside a checkpoint its share of the mean of `steps`, added to the one before it.
+
+    So the means of many checkpoints need the files of two: the last one holds the whole mean.
+
+    Args:
+        checkpoint: that of one of `steps`; where it is not the first, the one before is whole.
+        model: its weights.
+    """
+    position, share = list(steps).index(step_of(checkpoint)), 1 / len(steps)
+    mean = {name: share * weight.detach().cpu() for name, weight in model.named_parameters()}
+    if position:
+        before = load_file(checkpoint.with_name(f"checkpoint-{steps[position - 1]}") / MEAN)
+        mean = {name: before[name].add_(weight) for name, weight in mean.items()}
+    save_file(mean, checkpoint / MEAN, metadata={"steps": ", ".join(map(str, steps))})
+
+
+def mean_of_last(run: Run, model: SentenceTransformer) -> tuple[SentenceTransformer, str]:
+    """Returns the mean of the last checkpoints that --average_checkpoints asks for, and its steps.
+
+    Args:
+        model: any of the run's.
+    """
+    args = run.args
+    *_, newest = found = checkpoints(run.folder / "checkpoints")
+    if (newest / MEAN).is_file():
+        mean = copy.deepcopy(model)
+        with safe_open(newest / MEAN, "pt") as file, torch.no_grad():
+            for name, weight in mean.named_parameters():
+                weight.copy_(file.get_tensor(name))
+            return mean, file.metadata()["steps"]
+    # With --early_stopping nobody knows before the end which are the last.
+    folders = found[-args.average_checkpoints :]
+    options = {"max_seq_length": args.max_seq_length, "trust_remote_code": args.trust_remote_code}
+    models = (load_encoder(str(folder), **options) for folder in folders)
+    mean = mean_weights(models, [1 / len(folders)] * len(folders))
+    return mean, ", ".join(str(step_of(folder)) for folder in folders)
+
+
 def try_means(
     run: Run, dev: PairsEvaluator, best: SentenceTransformer, best_step: int, best_scores: Scores
 ) -> tuple[SentenceTransformer, str, dict[str, Scores]]:
@@ -52,7 +94,6 @@ def try_means(
         The model, its name, and the dev scores of all candidates by name.
     """
     args = run.args
-    options = {"max_seq_length": args.max_seq_length, "trust_remote_code": args.trust_remote_code}
     chosen, chosen_name, tried = best, f"step {best_step}", {f"step {best_step}": best_scores}
     print(f"step {best_step}: {dev}: {spearman_line(best_scores)}", file=sys.stderr)
 
@@ -65,15 +106,18 @@ def try_means(
             chosen, chosen_name = model, name
 
     candidates = [(f"step {best_step}", best)]
-    folders = checkpoints(run.folder / "checkpoints")[-args.average_checkpoints :]
-    if args.average_checkpoints > 1 and [step_of(folder) for folder in folders] != [best_step]:
-        models = (load_encoder(str(folder), **options) for folder in folders)
-        name = f"mean of steps {', '.join(str(step_of(folder)) for folder in folders)}"
-        mean = mean_weights(models, [1 / len(folders)] * len(folders))
-        consider(name, mean)
-        candidates.append((name, mean))
+    if args.average_checkpoints > 1:
+        mean, steps = mean_of_last(run, best)
+        if steps != str(best_step):
+            consider(f"mean of steps {steps}", mean)
+            candidates.append((f"mean of steps {steps}", mean))
     if share := args.start_weight:
-        start = load_encoder(args.model_name_or_path, pooling=args.pooling, **options)
+        start = load_encoder(
+            args.model_name_or_path,
+            args.max_seq_length,
+            pooling=args.pooling,
+            trust_remote_code=args.trust_remote_code,
+        )
         for name, model in candidates:
             mixed = mean_weights([model, start], [1 - share, share])
             consider(f"{name}, {share:g} of the start", mixed)

@@ -16,8 +16,9 @@ from common.encoders import check_embeddings, lift_code, load_encoder
 
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.npy"  # what the model gave when it was written
+MEAN = "mean.safetensors"  # of --average_checkpoints, so far
 # What a run goes on from, beside the weights.
-STATE_FILES = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+STATE_FILES = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", MEAN)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -36,7 +37,7 @@ def seal_checkpoint(checkpoint: Path, best_step: int | None, keep_last: int) -> 
 
     A checkpoint counts once its manifest is there, which names each file's sha256; the best and
     the last `keep_last` stay, but only the newest keeps what a run goes on from: the optimizer's
-    moments are twice the weights.
+    moments are twice the weights, and the mean so far is as large as they are.
     """
     lift_code(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())

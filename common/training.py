@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from common.averaging import try_means
+from common.averaging import add_to_mean, try_means
 from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
 from common.command_line import UserError, first_line
 from common.encoders import check_embeddings, default_prompt, load_encoder
@@ -139,11 +139,20 @@ class EvaluationPoints(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        step = state.global_step
-        control.should_evaluate = step in self.evaluate_at or step >= state.max_steps
-        control.should_save = control.should_evaluate or (
-            self.save_steps is not None and step % self.save_steps == 0
-        )
+        step, last = state.global_step, state.max_steps
+        control.should_evaluate = step in self.evaluate_at or step >= last
+        control.should_save = self.saves_at(step, last)
+
+    def saves_at(self, step: int, last: int) -> bool:
+        """Tells whether a run of `last` steps writes a checkpoint behind a step."""
+        every = self.save_steps
+        return step in self.evaluate_at or step >= last or bool(every and step % every == 0)
+
+    def averaged_steps(self, last: int, count: int) -> list[int]:
+        """Returns the steps of the last checkpoints to average: none where nobody knows yet."""
+        if count == 1 or self.patience is not None:
+            return []
+        return [step for step in range(1, last + 1) if self.saves_at(step, last)][-count:]
 
     def on_evaluate(
         self,
@@ -229,15 +238,12 @@ class RecipeTrainer(SentenceTransformerTrainer):
     """sentence-transformers' trainer on a list of batches, with checkpoints that are whole.
 
     `batches` is the whole run as one list: nothing is drawn while training, so that a resumed run
-    sees the batches it would have seen. The best checkpoint and the last `keep_last` are kept.
+    sees the batches it would have seen. The best checkpoint and the last one are kept, which holds
+    the mean of the last `keep_last` (with --early_stopping all of them stay).
     """
 
     def __init__(
-        self,
-        batches: list[list[int]],
-        keep_last: int,
-        points: EvaluationPoints,
-        **kwargs: Any,
+        self, batches: list[list[int]], keep_last: int, points: EvaluationPoints, **kwargs: Any
     ) -> None:
         self.batches, self.keep_last, self.points = batches, keep_last, points
         self.unchecked: list[tuple[int, dict[str, Any], torch.Tensor]] = []  # step, batch, loss
@@ -315,7 +321,11 @@ class RecipeTrainer(SentenceTransformerTrainer):
         if self.is_world_process_zero():
             with self.as_saved():
                 np.save(folder / EMBEDDINGS, check_embeddings(self.model))
-            seal_checkpoint(folder, self.state.best_global_step, self.keep_last)
+            averaged = self.points.averaged_steps(self.state.max_steps, self.keep_last)
+            if self.state.global_step in averaged:
+                add_to_mean(folder, self.model, averaged)
+            kept = 1 if averaged else self.keep_last
+            seal_checkpoint(folder, self.state.best_global_step, kept)
 
 
 def recipe_trainer(

@@ -38,8 +38,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
 
 from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E402
-from measure_onnx import measure, score_files, score_line, write_results  # noqa: E402
-from quantize_onnx import activation_ranges, quantize_int8  # noqa: E402
+from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
+from quantize_onnx import calibrate, choose_int8  # noqa: E402
 
 from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
@@ -48,7 +48,8 @@ from common.results import onnx_table  # noqa: E402
 
 BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 MAX_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the graph itself
-CALIBRATION_SENTENCES = 1000
+CALIBRATION_SENTENCES = 500
+DEV_PAIRS = 500
 
 Settings = dict[str, str | int | bool]
 
@@ -338,10 +339,11 @@ def export(args: argparse.Namespace) -> None:
     target = args.output.expanduser().absolute()
     if args.quantize:
         test = read_korsts(args.data_dir / "KorSTS/sts-test.tsv")
-        train = read_korsts(args.data_dir / "KorSTS/sts-train.tsv")
+        train, dev = (read_korsts(args.data_dir / f"KorSTS/sts-{n}.tsv") for n in ("train", "dev"))
         seen = {*test["sentence1"], *test["sentence2"]}
         texts = [text for text in dict.fromkeys(train["sentence1"]) if text not in seen]
         texts = texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
+        dev = dev.iloc[:: max(1, len(dev) // DEV_PAIRS)]
     target.parent.mkdir(parents=True, exist_ok=True)
     if args.golden:
         args.golden.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +367,7 @@ def export(args: argparse.Namespace) -> None:
         if args.quantize:
             print(f"calibrating on {len(texts):,} sentences of KorSTS-train", file=sys.stderr)
             prompt = default_prompt(model)  # consumers put it before every sentence
-            ranges = activation_ranges(fp32, tokenizer, [prompt + text for text in texts])
+            activations = calibrate(fp32, tokenizer, [prompt + text for text in texts])
         remove_older(target, settings)
         if args.golden:
             args.golden.unlink(missing_ok=True)  # of the files that are replaced here
@@ -384,9 +386,13 @@ def export(args: argparse.Namespace) -> None:
         # 4. int8: kept where it loses little enough
         if args.quantize:
             int8 = staging / f"{target.stem}-int8.onnx"
-            write_files(
-                quantize_int8(proto, ranges), int8, settings | {"precision": "int8"}, tokenizer
+            print(f"choosing the int8 form on {len(dev):,} pairs of KorSTS-dev", file=sys.stderr)
+            quantized, kept, lost = choose_int8(
+                proto, activations, expected_loss(tokenizer, target, dev, prompt)
             )
+            in_fp32 = f"{len(kept)} layers in float32: {', '.join(kept)}" if kept else "all layers"
+            print(f"int8: {in_fp32}; {lost:.2f} points expected to be lost", file=sys.stderr)
+            write_files(quantized, int8, settings | {"precision": "int8"}, tokenizer)
             onnx.checker.check_model(int8, full_check=True)
             print("measuring on KorSTS-test", file=sys.stderr)
             files = {"ONNX fp32": target, "ONNX int8": int8}

@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import checkpoints
 from common.command_line import REPOSITORY
 
 SAMPLES = REPOSITORY / "tests" / "samples"
@@ -74,6 +76,15 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a training script on the samples in this process."""
     return run_script(script, *training_arguments(encoder, *options), cwd=cwd)
+
+
+def keep_every_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    """Leaves each checkpoint of later runs whole: a kill behind any of them can be made up."""
+    patch.setattr(checkpoints, "STATE_FILES", ())
+    seal = checkpoints.seal_checkpoint
+    patch.setattr(
+        "common.training.seal_checkpoint", lambda folder, best_step, _: seal(folder, best_step, 999)
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+from typing import NoReturn
 
 LONGEST_MESSAGE = 1 << 20
 
@@ -31,8 +32,11 @@ def ask(path: str, arguments: list[str]) -> int:
 
 def serve(path: str) -> None:
     """Forks for every script that is asked for, one after the other."""
+    tests = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [os.path.dirname(tests), *sys.path]
     import preloaded  # noqa: F401
 
+    sys.path[:] = [folder for folder in sys.path if not folder.startswith(os.path.dirname(tests))]
     for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
         del sys.modules[name]  # a script's own folder has its own
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -47,29 +51,46 @@ def serve(path: str) -> None:
                 listener.close()
                 client.close()
                 become(json.loads(content), streams)
-                return
             for stream in streams:
                 os.close(stream)
             client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
             client.close()
 
 
-def become(message: dict, streams: list[int]) -> None:
-    """Makes of this process the script that is asked for, and runs it."""
+def become(message: dict, streams: list[int]) -> NoReturn:
+    """Makes of this process the script that is asked for, runs it and ends."""
+    import atexit
     import runpy
+    import traceback
 
     import torch
 
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    sys.stdin = os.fdopen(0)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(message["folder"])
     os.environ.clear()
     os.environ.update(message["environment"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = message["arguments"]
     sys.path[:0] = [os.path.dirname(os.path.abspath(sys.argv[0]))]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status: object = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # onnxruntime's destructors wait for a thread that was not forked
 
 
 if __name__ == "__main__":

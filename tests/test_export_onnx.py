@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from commands import Started, run_script
 from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from tokenizers import Tokenizer
@@ -430,6 +433,131 @@ def test_full_range_weights_would_saturate():
     assert saturating_products(np.full((1, 2), 255), values)[0, 0] == 32767 < 255 * 254
 
 
+def linear_layers(*layers: tuple[np.ndarray, np.ndarray]) -> onnx.ModelProto:
+    """A graph of linear layers (weights, bias), one behind the other, from `layer0` on."""
+    nodes, values = [], []
+    for number, (weights, bias) in enumerate(layers):
+        names = [f"layer{number}", f"weights{number}", f"bias{number}"]
+        after = [f"layer{number + 1}"]
+        nodes.append(helper.make_node("Gemm", names, after, f"gemm{number}", transB=1))
+        arrays = zip((weights, bias), names[1:], strict=True)
+        values += [numpy_helper.from_array(array, name) for array, name in arrays]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", len(width)])
+        for name, width in (("layer0", layers[0][0].T), (f"layer{len(layers)}", layers[-1][1]))
+    ]
+    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def outputs_of(proto: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    return session.run(None, {"layer0": rows.astype(np.float32)})[0]
+
+
+def seen_by(proto: onnx.ModelProto, rows: np.ndarray) -> dict[str, quantize_onnx.Activations]:
+    weights = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+    found, rows = {}, rows.astype(np.float32)
+    for node in proto.graph.node:
+        found[node.input[0]] = quantize_onnx.Activations(rows.min(0), rows.max(0), rows)
+        rows = rows @ weights[node.input[1]].T + weights[node.input[2]]
+    return found
+
+
+def test_the_bias_takes_the_mean_of_what_rounding_changes():
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(16, 32)).astype(np.float32)
+    rows = generator.normal(size=(500, 32)) + 3 * generator.normal(size=32)  # means far from 0
+    proto = linear_layers((weights, generator.normal(size=16).astype(np.float32)))
+    seen = seen_by(proto, rows)
+    rounding = quantize_onnx.least_error(seen["layer0"], weights)
+    expected = outputs_of(proto, rows)
+    found = outputs_of(quantize_onnx.quantize_int8(proto, seen, {"layer0": rounding}), rows)
+    change = found - expected
+    assert 0 < np.abs(change).max() < 0.5
+    assert np.abs(change.mean(0)).max() < 2e-3
+    assert rounding.noise == pytest.approx(change.var(0).sum() / expected.var(0).sum(), rel=0.01)
+
+
+def test_outliers_are_smoothed_or_cut_where_that_changes_less():
+    """One scale for the extremes of all channels would be forty times as coarse."""
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(16, 32)).astype(np.float32)
+    rows = generator.normal(size=(500, 32)).astype(np.float32)
+    noise = {}
+    for kind, factor, place in (("none", 1, ()), ("channel", 40, 3), ("value", 40, (0, 3))):
+        wide = rows.copy()
+        wide[:, place] *= factor if kind == "channel" else 1
+        wide[place] *= factor if kind == "value" else 1
+        seen = quantize_onnx.Activations(wide.min(0), wide.max(0), wide)
+        readers = weights.copy()
+        readers[:, place] /= factor if kind == "channel" else 1
+        noise[kind] = quantize_onnx.least_error(seen, readers).noise
+    assert noise["channel"] < 3 * noise["none"] and noise["value"] < 50 * noise["none"]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "largest", "kept"), [(9, 9, 0), (2.5, 9, 1), (1.5, 9, 2), (0.1, 9, 4), (0.1, 0, 0)]
+)
+def test_the_noisiest_layers_stay_in_float32_while_dev_asks_for_it(
+    accepted, largest, kept, monkeypatch
+):
+    monkeypatch.setattr(quantize_onnx, "ACCEPTED", accepted)
+    monkeypatch.setattr(quantize_onnx, "LARGEST", largest)
+    generator = np.random.default_rng(0)
+    # The further a layer's channels lie apart, the noisier it is in int8.
+    sizes = [np.exp(spread * generator.normal(size=32)) for spread in (1, 4, 0, 3, 2)]
+    layers = [(generator.normal(size=(32, 32)) * size, np.zeros(32)) for size in sizes]
+    proto = linear_layers(*(tuple(np.float32(part) for part in layer) for layer in layers))
+    seen = {f"layer{n}": quantize_onnx.Activations(rows.min(0), rows.max(0), rows)
+            for n, rows in enumerate(np.float32(generator.normal(size=(5, 200, 32))))}  # fmt: skip
+    noise = {
+        name: quantize_onnx.least_error(rows, np.float32(layers[n][0])).noise
+        for n, (name, rows) in enumerate(seen.items())
+    }
+
+    def expected_loss(graph: onnx.ModelProto) -> float:
+        in_float = [node.input[0] for node in graph.graph.node if node.input[0] in seen
+                    and node.op_type == "Gemm"]  # fmt: skip
+        asked.append(in_float)
+        return 3 - len(in_float) if len(in_float) < 3 else 0
+
+    asked: list[list[str]] = []
+    chosen, names, lost = quantize_onnx.choose_int8(proto, seen, expected_loss)
+    noisiest = sorted(noise, key=lambda name: -noise[name])[:kept]
+    assert sorted(names) == sorted(name.replace("layer", "gemm") for name in noisiest)
+    assert lost == (3 - kept if kept < 3 else 0)
+    assert [len(each) for each in asked] == [n for n in (0, 1, 2, 4) if n <= kept]
+    assert np.isfinite(outputs_of(chosen, generator.normal(size=(4, 32)))).all()
+
+
+def test_what_is_expected_to_be_lost_is_what_changes_cosines_at_random(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    sentences = [str(number) for number in range(4000)]
+    angles = np.arccos(generator.uniform(0, 1, 2000))
+    pairs = pd.DataFrame({"sentence1": sentences[::2], "sentence2": sentences[1::2]})
+    pairs["score"] = np.cos(angles) + generator.normal(0, 0.3, 2000)
+
+    def vectors(angles: np.ndarray) -> np.ndarray:
+        turned = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return np.stack([np.tile([1.0, 0.0], (2000, 1)), turned], axis=1).reshape(4000, 2)
+
+    cosines = {False: np.cos(angles)}
+    cosines[True] = np.clip(cosines[False] + generator.normal(0, 0.1, 2000), -1, 1)
+    order = {name: row for row, name in enumerate(distinct_sentences(pairs)[0])}
+    rows = [order[name] for name in sentences]
+    found = {}
+    for noisy, values in cosines.items():
+        found[noisy] = np.empty((4000, 2))
+        found[noisy][rows] = vectors(np.arccos(values))
+    monkeypatch.setattr(measure_onnx.onnxruntime, "InferenceSession", lambda model: model)
+    monkeypatch.setattr(measure_onnx, "embed", lambda model, *_: found[isinstance(model, bytes)])
+    lose = measure_onnx.expected_loss(None, tmp_path, pairs, "")
+    before, after = (spearmanr(values, pairs["score"]).statistic for values in cosines.values())
+    assert lose(onnx.ModelProto()) == pytest.approx(100 * (before - after), abs=1)
+    assert lose(onnx.ModelProto()) > 2
+
+
 def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
     export.first_embeddings = True
     results = tmp_path / "results"
@@ -526,6 +654,7 @@ def test_a_loss_too_large_is_refused_unless_forced(tmp_path, bert, export, monke
 def test_calibration_sees_no_test_sentence(tmp_path, bert, export, monkeypatch):
     data = tmp_path / "KorSTS"
     data.mkdir()
+    shutil.copy(SAMPLES / "KorSTS/sts-dev.tsv", data)
     for name in ("train", "test"):  # test sentences are in train, too
         lines = (SAMPLES / "KorSTS/sts-test.tsv").read_text(encoding="utf-8").splitlines()
         if name == "train":
@@ -534,7 +663,7 @@ def test_calibration_sees_no_test_sentence(tmp_path, bert, export, monkeypatch):
         (data / f"sts-{name}.tsv").write_text("\n".join(lines), encoding="utf-8")
     seen = []
     monkeypatch.setattr(
-        export_onnx, "activation_ranges", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
+        export_onnx, "calibrate", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         export(bert, "--quantize", "int8", "--data_dir", tmp_path)
@@ -687,7 +816,7 @@ def test_calibration_sees_the_prompt_that_consumers_prepend(tmp_path, export, mo
     edit_json(folder / "config_sentence_transformers.json", **prompts)
     seen = []
     monkeypatch.setattr(
-        export_onnx, "activation_ranges", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
+        export_onnx, "calibrate", lambda path, tokenizer, texts: seen.extend(texts) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         export(folder, "--quantize", "int8", "--data_dir", SAMPLES)

@@ -14,7 +14,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from commands import SAMPLES, run, run_script, weights
+from commands import SAMPLES, keep_every_checkpoint, run, run_script, weights
 from encoders import tiny_tokenizer, write_family, write_plain_encoder
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -315,7 +315,7 @@ RECIPES = {
 def test_a_family_trains_resumes_and_is_scored_and_exported(
     name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())  # the one before the last, too
+    keep_every_checkpoint(monkeypatch)
     model, folder = family(tmp_path / "model", name), tmp_path / "trained"
     script, *options = RECIPES[recipe]
     options += ["--max_steps", 4, "--save_steps", 2, "--average_checkpoints", 2]

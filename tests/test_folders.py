@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import REPOSITORY, SAMPLES, run, run_script
+from commands import REPOSITORY, SAMPLES, keep_every_checkpoint, run, run_script
 from encoders import add_module_with_code, edit_json
 from hub import Hub
 from safetensors.torch import load_file
@@ -120,7 +120,7 @@ def test_a_run_with_code_is_whole(add_code: object, saved: Path, tmp_path: Path)
 def test_a_resumed_run_may_trust_what_the_first_did(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())  # the one before the last, too
+    keep_every_checkpoint(monkeypatch)
     add_module_with_code(saved, tmp_path / "ran")
     folder = tmp_path / "run"
     done = train(saved, folder, "--trust_remote_code", "--save_steps", 1,

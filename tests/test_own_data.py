@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import SAMPLES, run, run_script, weights
+from commands import SAMPLES, keep_every_checkpoint, run, run_script, weights
 from encoders import edit_json
 
 from common.checkpoints import checkpoints, step_of
@@ -428,7 +428,7 @@ def sheet(tmp_path: Path) -> Path:
 def test_a_spreadsheet_of_200_rows_trains_v2_goes_on_and_is_delivered(
     sheet: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())  # of every checkpoint, the state, too
+    keep_every_checkpoint(monkeypatch)
     table, _ = read_pairs(sheet, 10)
     assert len(table) == 200 and '그는 "네, 그래요"라고 했다' in set(table["sentence2"])
     options = ["--train_file", sheet, "--max_score", 10, "--dev_share", 0.1, "--no_test"]

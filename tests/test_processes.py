@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import REPOSITORY, run, training_arguments, weights
+from commands import REPOSITORY, keep_every_checkpoint, run, training_arguments, weights
 from encoders import edit_json, write_plain_encoder
 
 from common.checkpoints import checkpoints, step_of
 
 COMMON = ["--max_steps", 10, "--learning_rate", 1e-3, "--no_test"]
-# The first checkpoints stay, for the gradients in them.
 COMMON += ["--save_steps", 1, "--average_checkpoints", 10]
 CASES = {
     "sts": ["training_sts.py"],
@@ -69,7 +68,7 @@ def of_two(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half_a_run(steady: Path, folder: Path) -> None:
     """Leaves what a run of one process leaves that is killed behind its fifth step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.checkpoints.STATE_FILES", ())
+        keep_every_checkpoint(patch)
         assert run("training_sts.py", steady, *COMMON, "--run_dir", folder).returncode == 0
     shutil.copytree(folder, folder.with_name("whole"))
     for checkpoint in checkpoints(folder / "checkpoints"):
@@ -115,7 +114,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(
     name: str, steady: Path, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, *options = CASES[name]
-    monkeypatch.setattr("common.checkpoints.STATE_FILES", ())
+    keep_every_checkpoint(monkeypatch)
     done = run(script, steady, *COMMON, *options, "--run_dir", tmp_path / "of-one")
     assert done.returncode == 0, done.stderr
     one, two = ends(tmp_path / "of-one"), ends(of_two / name)

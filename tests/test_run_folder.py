@@ -75,6 +75,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(
     encoder: Path, tmp_path: Path
 ) -> None:
     options = ["--max_steps", 24, "--save_steps", 2, "--nli_batch_size", 8, "--no_test"]
+    options += ["--average_checkpoints", 9]  # their mean goes from checkpoint to checkpoint
     check_kills("training_multi-task.py", encoder, options, tmp_path, 6, 2)
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
 ) -> None:
     folder = tmp_path / "run"
     options = ["--max_steps", 2, "--save_steps", 1, "--no_test", "--run_dir", folder]
-    options += ["--average_checkpoints", 2]
+    options += ["--average_checkpoints", 2, "--early_stopping", 99]  # so that both stay
     assert run("training_sts.py", encoder, *options).returncode == 0
     again = run("training_sts.py", encoder, *options, "--resume")
     assert again.returncode == 2
@@ -126,18 +127,37 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
     assert "another run is at work in this folder" in second.stderr
 
 
-def test_only_the_newest_checkpoint_holds_more_than_weights(encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_checkpoints_hold_no_more_than_a_run_needs(
+    stops_early: bool, encoder: Path, tmp_path: Path
+) -> None:
+    """The best one and the newest, which has the mean; all where the last is not known before."""
+    options = ["--early_stopping", 99] if stops_early else []
     done = run("training_sts.py", encoder, "--max_steps", 6, "--save_steps", 1, "--no_test",
-               "--average_checkpoints", 5, "--run_dir", tmp_path / "run")  # fmt: skip
+               "--average_checkpoints", 5, *options, "--run_dir", tmp_path / "run")  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = checkpoints(tmp_path / "run/checkpoints")
-    assert {2, 3, 4, 5, 6} <= {step_of(folder) for folder in found}
+    best = json.loads((tmp_path / "run/scores.json").read_text())["best_step"]
+    kept = {2, 3, 4, 5, 6} if stops_early else {6}
+    assert {step_of(folder) for folder in found} == kept | {best}
     for folder in found:
         names = {path.name for path in folder.iterdir()}
         state = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-        assert names & state == (state if folder is found[-1] else set())
+        state |= set() if stops_early else {"mean.safetensors"}
+        assert names & {*state, "mean.safetensors"} == (state if folder is found[-1] else set())
         assert {"model.safetensors", "embeddings.npy", "trainer_state.json"} <= names
         assert changed_file(folder) is None  # its manifest names what is there, and no more
+
+
+def test_the_mean_so_far_is_that_of_the_checkpoints(encoder: Path, tmp_path: Path) -> None:
+    models, options = [], ["--max_steps", 6, "--save_steps", 1, "--average_checkpoints", 5]
+    options += ["--learning_rate", 1e-3, "--no_test"]
+    for name, more in (("so-far", []), ("kept", ["--early_stopping", 99])):
+        folder = tmp_path / name
+        done = run("training_sts.py", encoder, *options, *more, "--run_dir", folder)
+        assert done.returncode == 0, done.stderr
+        models.append(json.loads((folder / "scores.json").read_text())["tried"])
+    assert models[0] == models[1] and "mean of steps 2, 3, 4, 5, 6" in models[0]
 
 
 def test_ctrl_c_tells_the_command_that_resumes(encoder: Path, tmp_path: Path) -> None:

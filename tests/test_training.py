@@ -232,7 +232,7 @@ def main("""
     done = run(str(broken), encoder, *options, "--run_dir", tmp_path / "run")
     assert done.returncode == 1
     assert "error: step 3, data set sts: the loss is nan for the batch: " in done.stderr
-    assert not list((tmp_path / "run/checkpoints").glob("*"))
+    assert not checkpoints.checkpoints(tmp_path / "run/checkpoints")
 
 
 def test_a_second_stage_keeps_the_prompt_of_the_first(encoder: Path, tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-from commands import run_script
+import pytest
+from commands import keep_every_checkpoint, run_script
 
-from common import checkpoints
-
-checkpoints.STATE_FILES = ()  # every checkpoint keeps its optimizer: the tests look into it
+keep_every_checkpoint(pytest.MonkeyPatch())  # the tests look into their optimizers
 
 
 def main() -> None:
