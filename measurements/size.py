@@ -199,7 +199,7 @@ def start(line: list[object]) -> subprocess.Popen:
 
 
 def finish(line: list[object]) -> None:
-    """Runs a script of ours to its end."""
+    """Runs a script of ours to its end; raises `UserError` where that is none."""
     process = start(line)
     process.communicate()
     if process.returncode:
@@ -216,7 +216,7 @@ def measure(recipe: str, precision: str, steps: int, folder: Path) -> dict[str, 
         line += ["--precision", "fp32" if precision == "tf32" else precision, "--run_dir", run_dir]
         finish(line)
         row, run, scores = map(read_json, (report, run_dir / "run.json", run_dir / "scores.json"))
-    parts, plan = run["parts"], row["whole_recipe"]
+    parts, plan, whole = run["parts"], row["whole_recipe"], run["whole"]
     dev_seconds = parts["dev scores"]["wall_seconds"] / (1 + len(scores["evaluations"]))
     pairs, all_pairs = scores["dev_pairs"], size_data.KORSTS_ROWS["dev"]
     row |= {"steps_measured": steps, "dev_pairs": pairs, "dev_score_seconds": dev_seconds}
@@ -225,7 +225,8 @@ def measure(recipe: str, precision: str, steps: int, folder: Path) -> dict[str, 
         row["whole_dev_score_seconds_by_proportion"] = dev_seconds
     ends = [parts[part]["wall_seconds"] for part in ("reading back", "saving")]
     row["reading_back_and_saving_seconds"] = sum(ends)
-    row |= {name: value for name, value in run["whole"].items() if name.startswith("peak")}
+    row["cores_used"] = whole["cpu_seconds"] / whole["wall_seconds"]  # few: others took them
+    row |= {name: value for name, value in whole.items() if name.startswith("peak")}
     seconds = row["start_seconds"] + plan["steps"] / row["steps_a_second"]
     seconds += plan["dev_scores"] * dev_seconds + plan["checkpoints"] * row["checkpoint_seconds"]
     seconds += row["reading_back_and_saving_seconds"]

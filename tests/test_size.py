@@ -85,6 +85,7 @@ def test_the_recipes_are_measured_and_the_hours_reckoned(
         assert row["whole_dev_score_seconds_by_proportion"] == 2 * row["dev_score_seconds"]
         assert row["checkpoint_bytes"] > 3 * 4 * report["cpu"]["encoder"]["parameters"]
         assert row["steps_a_second"] > 0 and row["peak_memory_mb"] > 100
+        assert 0 < row["cores_used"] < 3  # one thread, and those of the libraries
     row = rows["v2 sts, fp32"]
     seconds = row["start_seconds"] + row["reading_back_and_saving_seconds"]
     seconds += 6 / row["steps_a_second"] + 7 * 2 * row["dev_score_seconds"]
