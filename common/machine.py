@@ -74,13 +74,16 @@ def cost(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
     """Returns what something cost, as run.json keeps it: seconds, rounded to hundredths.
 
     CPU seconds are those of all threads; peak_memory_mb (2^20) is the most that the process has
-    had until now.
+    had until now, peak_gpu_memory_mb the same of what its tensors took of the GPU, where CUDA is.
     """
-    return {
+    figures = {
         "wall_seconds": round(wall_seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_memory_mb": peak_memory() // 2**20,
     }
+    if torch.cuda.is_available():
+        figures["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
+    return figures
 
 
 def process_cost() -> dict[str, Any]:

@@ -12,10 +12,14 @@ end, everything counted (imports, dev scores, checkpoints, means of weights, tes
     dev, test               cosine Spearman x100 of the finished model; test may be null
 
 CPU seconds are those of all cores together.
+
+measurements/size.json has what they would cost at klue/roberta-base's size: an object with what
+measurements/size.py found on a `cpu` and on a `gpu`, each with machine, threads and rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -27,6 +31,12 @@ from common.results import NOT_MEASURED
 ORIGINAL = "original"
 PICTURE = "score_by_cost.png"
 KOREAN = {ORIGINAL: "원본 스크립트", "v2 short": "짧은 v2", "v2 one epoch": "v2 한 에포크"}
+SIZE_RECIPES = {
+    "sts": "STS",
+    "nli": "NLI",
+    "multi-task": "멀티태스크",
+    "v2 sts": "`ko-sroberta-v2`의 STS 단계",
+}
 BASE_ENCODER, OFFLINE_ENCODER = "klue/roberta-base, 110M", "e5-small-ko, 30M"
 # The published rows of the first table, and what they were trained on.
 PUBLISHED = {
@@ -160,13 +170,39 @@ def first_part(
     return table(columns | {"KorSTS-test": "---:"}, cells) if cells else NOT_MEASURED
 
 
+def size_part(path: Path) -> str:
+    """Returns the table of size.json: recipes by precision, on a GPU and on a CPU.
+
+    What was not measured on a GPU says so.
+    """
+    report, cells = read_json(path) if path.is_file() else {}, []
+    for kind, precisions in (("gpu", ("fp32", "tf32", "bf16")), ("cpu", ("fp32", "bf16"))):
+        side = report.get(kind, {"rows": {}})
+        machine = f"{side['machine']}, 스레드 {side['threads']}개" if side["rows"] else kind.upper()
+        memory = "peak_gpu_memory_mb" if kind == "gpu" else "peak_memory_mb"
+        for recipe, precision in itertools.product(SIZE_RECIPES, precisions):
+            name = f"{recipe}, {precision}"
+            label = [machine, SIZE_RECIPES[recipe], precision]
+            if row := side["rows"].get(name):
+                figures = [f"{row['hours_of_the_whole_recipe']:,.2f}", f"{row[memory]:,}"]
+                cells.append([*label, *figures, f"{row['steps_a_second']:,.3g}"])
+            elif kind == "gpu":
+                cells.append([*label, *["측정하지 않음"] * 3])
+            if row := side["rows"].get(f"{name}, library"):
+                label[1] += ", 라이브러리만"
+                cells.append([*label, "", f"{row[memory]:,}", f"{row['steps_a_second']:,.3g}"])
+    columns = {"장치": "---", "레시피": "---", "정밀도": "---", "전체 시간(시간)": "---:"}
+    return table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
+
+
 def generated_parts(
     path: Path, results: Sequence[dict], comparisons: Sequence[Comparison]
 ) -> dict[str, str]:
-    """Returns the parts of Markdown pages that come from whole_run.json, and the first table."""
+    """Returns the parts of Markdown pages that come from whole_run.json and size.json beside it."""
     runs = read_whole_runs(path)
     return {
         "first": first_part(results, comparisons, runs),
         "cost": cost_part(runs),
+        "size": size_part(path.with_name("size.json")),
         "cost-picture": picture_part(runs),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_the_first_table_has_published_rows_and_what_was_measured(report: Path) 
 
 def test_nothing_is_shown_of_what_was_not_measured(tmp_path: Path) -> None:
     parts = whole_runs.generated_parts(tmp_path / "whole_run.json", [], [])
+    assert set(re.findall(r"[^|]+ \|$", parts.pop("size"), re.M)[2:]) == {" 측정하지 않음 |"}
     assert parts == {"first": NOT_MEASURED, "cost": NOT_MEASURED, "cost-picture": ""}
     assert plots.score_by_cost([]) is None
     plots.draw_plots([], tmp_path, tmp_path)
