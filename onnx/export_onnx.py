@@ -392,7 +392,8 @@ def export(args: argparse.Namespace) -> None:
             )
             in_fp32 = f"{len(kept)} layers in float32: {', '.join(kept)}" if kept else "all layers"
             print(f"int8: {in_fp32}; {lost:.2f} points expected to be lost", file=sys.stderr)
-            write_files(quantized, int8, settings | {"precision": "int8"}, tokenizer)
+            described = settings | {"precision": "int8", "float32_layers": ", ".join(kept)}
+            write_files(quantized, int8, described, tokenizer)
             onnx.checker.check_model(int8, full_check=True)
             print("measuring on KorSTS-test", file=sys.stderr)
             files = {"ONNX fp32": target, "ONNX int8": int8}
