@@ -195,6 +195,21 @@ def size_part(path: Path) -> str:
     return table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
 
 
+def int8_part(path: Path) -> str:
+    """Returns the table of what int8 loses, from measurements/int8.json."""
+    if not path.is_file():
+        return NOT_MEASURED
+    cells = []
+    for row in read_json(path)["rows"]:
+        cells.append([row["name"], f"{100 * row['size_ratio']:.1f}%", row["float32_layers"] or "-"])
+        for part in (row["dev"], row["test"]):
+            low, high = part["lost_interval"]
+            cells[-1] += [f"{part['fp32']:.2f}", f"{part['lost']:.2f} [{low:.2f}, {high:.2f}]"]
+    columns = {"모델": "---", "크기": "---:", "float32 층": "---"}
+    columns |= {"dev fp32": "---:", "dev 손실": "---:", "KorSTS-test fp32": "---:"}
+    return table(columns | {"KorSTS-test 손실 [95%]": "---:"}, cells)
+
+
 def generated_parts(
     path: Path, results: Sequence[dict], comparisons: Sequence[Comparison]
 ) -> dict[str, str]:
@@ -204,5 +219,6 @@ def generated_parts(
         "first": first_part(results, comparisons, runs),
         "cost": cost_part(runs),
         "size": size_part(path.with_name("size.json")),
+        "int8": int8_part(path.with_name("int8.json")),
         "cost-picture": picture_part(runs),
     }

@@ -77,7 +77,8 @@ def test_the_first_table_has_published_rows_and_what_was_measured(report: Path) 
 def test_nothing_is_shown_of_what_was_not_measured(tmp_path: Path) -> None:
     parts = whole_runs.generated_parts(tmp_path / "whole_run.json", [], [])
     assert set(re.findall(r"[^|]+ \|$", parts.pop("size"), re.M)[2:]) == {" 측정하지 않음 |"}
-    assert parts == {"first": NOT_MEASURED, "cost": NOT_MEASURED, "cost-picture": ""}
+    not_measured = dict.fromkeys(("first", "cost", "int8"), NOT_MEASURED)
+    assert parts == not_measured | {"cost-picture": ""}
     assert plots.score_by_cost([]) is None
     plots.draw_plots([], tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -113,3 +114,14 @@ def test_a_file_that_is_no_report_is_named(tmp_path: Path, changes: dict) -> Non
     path = write(tmp_path, run("original", 777, 2500, 85.35) | changes)
     with pytest.raises(UserError, match=r"whole_run\.json: no report of whole runs"):
         whole_runs.read_whole_runs(path)
+
+
+def test_what_int8_loses_is_shown_with_its_interval(tmp_path: Path) -> None:
+    path = tmp_path / "int8.json"
+    assert whole_runs.int8_part(path) == NOT_MEASURED
+    scores = {"fp32": 82.0, "int8": 81.875, "lost": 0.125, "lost_interval": [-0.05, 0.3]}
+    row = {"name": "v2", "size_ratio": 0.2675, "float32_layers": "", "dev": scores, "test": scores}
+    path.write_text(json.dumps({"rows": [row, row | {"float32_layers": "/layer.1/Gemm"}]}))
+    first, second = whole_runs.int8_part(path).splitlines()[2:]
+    assert first == ("| v2 | 26.8% | - | 82.00 | 0.12 [-0.05, 0.30] | 82.00 | 0.12 [-0.05, 0.30] |")
+    assert second == first.replace("| - |", "| /layer.1/Gemm |")
