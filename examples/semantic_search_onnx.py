@@ -46,6 +46,8 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, Tokenizer]:
         raise ValueError(f"{path}: carries no tokenizer: not a file of export_onnx.py") from None
     except Exception as error:  # onnxruntime's errors have no other base
         why = str(error).splitlines()[0]
+        if not os.path.isfile(path):
+            why = "no such file: onnx/export_onnx.py makes it"
         if os.path.isfile(path) and os.path.getsize(path) < 200:
             with open(path, "rb") as file:
                 if b"git-lfs" in file.read():

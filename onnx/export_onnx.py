@@ -365,7 +365,7 @@ def export(args: argparse.Namespace) -> None:
         write_files(proto, fp32, settings | {"precision": "fp32"}, tokenizer)
         check_file(fp32, model, tokenizer, dim, "fp32")
         if args.quantize:
-            print(f"calibrating on {len(texts):,} sentences of KorSTS-train", file=sys.stderr)
+            print(f"calibrating on {len(texts):,} sentences of sts-train.tsv", file=sys.stderr)
             prompt = default_prompt(model)  # consumers put it before every sentence
             activations = calibrate(fp32, tokenizer, [prompt + text for text in texts])
         remove_older(target, settings)
@@ -386,7 +386,7 @@ def export(args: argparse.Namespace) -> None:
         # 4. int8: kept where it loses little enough
         if args.quantize:
             int8 = staging / f"{target.stem}-int8.onnx"
-            print(f"choosing the int8 form on {len(dev):,} pairs of KorSTS-dev", file=sys.stderr)
+            print(f"choosing the int8 form on {len(dev):,} pairs of sts-dev.tsv", file=sys.stderr)
             quantized, kept, lost = choose_int8(
                 proto, activations, expected_loss(tokenizer, target, dev, prompt)
             )
@@ -395,7 +395,7 @@ def export(args: argparse.Namespace) -> None:
             described = settings | {"precision": "int8", "float32_layers": ", ".join(kept)}
             write_files(quantized, int8, described, tokenizer)
             onnx.checker.check_model(int8, full_check=True)
-            print("measuring on KorSTS-test", file=sys.stderr)
+            print("measuring on sts-test.tsv", file=sys.stderr)
             files = {"ONNX fp32": target, "ONNX int8": int8}
             if args.no_speed:
                 rows = score_files(tokenizer, files, test, default_prompt(model))

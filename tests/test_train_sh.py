@@ -110,4 +110,4 @@ def test_the_demo_does_all_stages_and_says_how_to_go_on(tmp_path: Path) -> None:
     *_, search, score, longer = done.stdout.splitlines()
     assert search.startswith("/bin/true examples/semantic_search_onnx.py") and folder[:-3] in search
     assert score.startswith(f"/bin/true benchmark.py {folder} ") and "--results_dir" in score
-    assert longer == "bash train.sh e5-small-ko-v2"
+    assert longer == f"DATA_DIR={SAMPLES} bash train.sh e5-small-ko-v2"
