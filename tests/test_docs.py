@@ -122,6 +122,15 @@ def test_the_commands_of_the_readme_are_seen() -> None:
     assert "python benchmark.py --update_readme" in found
 
 
+def test_the_readmes_demo_output_is_the_one_of_the_demos_page() -> None:
+    block = r"<!-- demo output{} -->\n```\n(.*?)```"
+    (shown,) = re.findall(block.format(""), text_of(REPOSITORY / "README.md"), re.S)
+    (whole,) = re.findall(
+        block.format(", default data"), text_of(REPOSITORY / "docs/demo.md"), re.S
+    )
+    assert len(shown.splitlines()) > 3 and set(shown.splitlines()) <= set(whole.splitlines())
+
+
 # --- Numbers ---------------------------------------------------------------------------------
 
 
