@@ -5,8 +5,8 @@
 
 A model is NAME=FOLDER, or NAME=FOLDER:DIM for a slice of its embeddings. Each is exported as
 `export_onnx.py --quantize int8` does it, which decides on KorSTS-dev alone; then fp32 and int8 are
-scored on KorSTS-dev and KorSTS-test. Sizes, scores and losses (paired bootstrap) go to int8.json
-beside this script.
+scored on the pairs of KorSTS-dev that it decides on, and on KorSTS-test. Sizes, scores and losses
+(paired bootstrap) go to int8.json beside this script.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY), str(REPOSITORY / "onnx")]
 
+from export_onnx import DEV_PAIRS  # noqa: E402
 from measure_onnx import instruction_sets, score_files  # noqa: E402
 
 from common.command_line import UserError, command_line, read_json, write_json  # noqa: E402
@@ -52,6 +53,8 @@ def measure(name: str, model: str, dim: str, data_dir: Path) -> dict[str, Any]:
         }
         for part in ("dev", "test"):
             pairs = read_korsts(data_dir / f"KorSTS/sts-{part}.tsv")
+            if part == "dev":  # what the export decides on
+                pairs = pairs.iloc[:: len(pairs) // DEV_PAIRS]
             files = {"fp32": fp32, "int8": int8}
             before, after = score_files(tokenizer, files, pairs, settings["prompt"])
             row[part] = {

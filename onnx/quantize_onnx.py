@@ -30,7 +30,7 @@ SMALLEST = 1e-5  # channels that calibration sees at rest
 ACCEPTED = 0.1  # points of dev that int8 may be expected to lose before layers stay in float32
 LARGEST = 0.3  # of the float32 file
 BATCH = 8  # calibration sentences
-ROWS = 4  # tokens kept of a batch
+ROWS = 512  # tokens kept of all, at least where there are as many
 
 
 @dataclasses.dataclass
@@ -83,12 +83,14 @@ def calibrate(path: Path, tokenizer: Tokenizer, sentences: Sequence[str]) -> dic
     session = onnxruntime.InferenceSession(calibration)
     generator = np.random.default_rng(0)
     lows, highs, rows = {}, {}, collections.defaultdict(list)
-    for start in range(0, len(sentences), BATCH):
+    starts = range(0, len(sentences), BATCH)
+    of_a_batch = -(-ROWS // len(starts))
+    for start in starts:
         feeds = feed(session, tokenizer.encode_batch(sentences[start : start + BATCH]))
         for name, values in zip(names, session.run(names, feeds), strict=True):
             lows[name] = np.minimum(lows.get(name, np.inf), values.min(axis=0))
             highs[name] = np.maximum(highs.get(name, -np.inf), values.max(axis=0))
-            rows[name].append(generator.choice(values, min(ROWS, len(values)), replace=False))
+            rows[name].append(generator.choice(values, min(of_a_batch, len(values)), replace=False))
     return {
         name: Activations(lows[name], highs[name], np.concatenate(rows[name])) for name in names
     }

@@ -73,7 +73,8 @@ def export(encoder: Path, folder: Path, data: Path) -> Path:
     sentences = folder / "data/KorSTS"
     sentences.mkdir(parents=True)
     shutil.copy(data / "KorSTS/sts-train.tsv", sentences)
-    shutil.copy(SAMPLES / "KorSTS/sts-test.tsv", sentences)
+    for name in ("dev", "test"):
+        shutil.copy(SAMPLES / f"KorSTS/sts-{name}.tsv", sentences)
     options = ["--data_dir", folder / "data", "--no_speed", "--force"]
     output = ["--quantize", "int8", "--output", folder / "model.onnx"]
     done = subprocess.run([*script, *output, *options], capture_output=True, text=True)
