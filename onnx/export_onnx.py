@@ -390,8 +390,8 @@ def export(args: argparse.Namespace) -> None:
             quantized, kept, lost = choose_int8(
                 proto, activations, expected_loss(tokenizer, target, dev, prompt)
             )
-            in_fp32 = f"{len(kept)} layers in float32: {', '.join(kept)}" if kept else "all layers"
-            print(f"int8: {in_fp32}; {lost:.2f} points expected to be lost", file=sys.stderr)
+            layers = f"all but {', '.join(kept)}" if kept else "all layers"
+            print(f"int8: {layers}; {lost:.2f} points expected to be lost", file=sys.stderr)
             described = settings | {"precision": "int8", "float32_layers": ", ".join(kept)}
             write_files(quantized, int8, described, tokenizer)
             onnx.checker.check_model(int8, full_check=True)

@@ -105,7 +105,7 @@ def assert_alike(shown: str, printed: str) -> None:
     number = r"-?\d[\d,]*(?:\.\d+)?"
     shown, printed = without_chance(shown), without_chance(printed)
     assert re.sub(number, "N", printed) == re.sub(number, "N", shown)
-    tolerances = {0: 0, 1: 0.2, 2: 5, 4: 0.02}  # by decimals: counts, MB, points, cosines
+    tolerances = {0: 0, 1: 2, 2: 5, 4: 0.02}  # by decimals: counts, MB, points, cosines
     for left, right in zip(*(re.findall(number, text) for text in (shown, printed)), strict=True):
         tolerance = tolerances[len(left.partition(".")[2])]
         difference = float(left.replace(",", "")) - float(right.replace(",", ""))
