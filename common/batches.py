@@ -63,7 +63,8 @@ def no_duplicates_batches(
             what = "triplets" if "negative" in triplets.columns else "pairs"
             raise UserError(
                 f"{len(triplets):,} {what} cannot fill one batch of {batch_size} "
-                "without a text twice: more data or a smaller --batch_size is needed"
+                "without a text twice: more data or a smaller batch (--batch_size; "
+                "of multi-task --nli_batch_size) is needed"
             )
 
 

@@ -213,7 +213,7 @@ def int8_part(path: Path) -> str:
 def generated_parts(
     path: Path, results: Sequence[dict], comparisons: Sequence[Comparison]
 ) -> dict[str, str]:
-    """Returns the parts of Markdown pages that come from whole_run.json and size.json beside it."""
+    """Returns the parts of Markdown pages that come from whole_run.json and the files beside it."""
     runs = read_whole_runs(path)
     return {
         "first": first_part(results, comparisons, runs),

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY), str(REPOSITORY / "onnx")]
 
-from export_onnx import DEV_PAIRS  # noqa: E402
+from export_onnx import dev_pairs  # noqa: E402
 from measure_onnx import instruction_sets, score_files  # noqa: E402
 
 from common.command_line import UserError, command_line, read_json, write_json  # noqa: E402
@@ -51,10 +51,8 @@ def measure(name: str, model: str, dim: str, data_dir: Path) -> dict[str, Any]:
             "float32_layers": settings["float32_layers"],
             "size_ratio": int8.stat().st_size / fp32.stat().st_size,
         }
-        for part in ("dev", "test"):
-            pairs = read_korsts(data_dir / f"KorSTS/sts-{part}.tsv")
-            if part == "dev":  # what the export decides on
-                pairs = pairs.iloc[:: len(pairs) // DEV_PAIRS]
+        test = read_korsts(data_dir / "KorSTS/sts-test.tsv")
+        for part, pairs in {"dev": dev_pairs(data_dir), "test": test}.items():
             files = {"fp32": fp32, "int8": int8}
             before, after = score_files(tokenizer, files, pairs, settings["prompt"])
             row[part] = {

@@ -25,6 +25,7 @@ import warnings
 from pathlib import Path
 
 import onnx
+import pandas as pd
 import torch
 from huggingface_hub import metadata_load
 from onnx import helper
@@ -39,7 +40,7 @@ sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from
 
 from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E402
 from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
-from quantize_onnx import calibrate, choose_int8  # noqa: E402
+from quantize_onnx import calibrate, choose_int8, weight_bytes  # noqa: E402
 
 from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
@@ -255,7 +256,7 @@ def write_files(
     interface = {"inputs": inputs, "output": proto.graph.output[0].name}
     text = json.dumps(settings | interface, ensure_ascii=False, indent=2)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    if sum(len(item.raw_data) for item in proto.graph.initializer) <= MAX_FILE_BYTES:
+    if weight_bytes(proto) <= MAX_FILE_BYTES:
         onnx.save(proto, path)
         return
     print(f"{path.name} is above 2 GB: {path.name}.data goes with it", file=sys.stderr)
@@ -334,16 +335,21 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def dev_pairs(data_dir: Path) -> pd.DataFrame:
+    """Returns the pairs of KorSTS-dev on which the int8 form is chosen, from all of it."""
+    pairs = read_korsts(data_dir / "KorSTS/sts-dev.tsv")
+    return pairs.iloc[:: max(1, len(pairs) // DEV_PAIRS)]
+
+
 def export(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong, before anything takes long
     target = args.output.expanduser().absolute()
     if args.quantize:
         test = read_korsts(args.data_dir / "KorSTS/sts-test.tsv")
-        train, dev = (read_korsts(args.data_dir / f"KorSTS/sts-{n}.tsv") for n in ("train", "dev"))
+        train, dev = read_korsts(args.data_dir / "KorSTS/sts-train.tsv"), dev_pairs(args.data_dir)
         seen = {*test["sentence1"], *test["sentence2"]}
         texts = [text for text in dict.fromkeys(train["sentence1"]) if text not in seen]
         texts = texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
-        dev = dev.iloc[:: max(1, len(dev) // DEV_PAIRS)]
     target.parent.mkdir(parents=True, exist_ok=True)
     if args.golden:
         args.golden.parent.mkdir(parents=True, exist_ok=True)

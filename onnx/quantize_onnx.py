@@ -140,6 +140,11 @@ def least_error(seen: Activations, weights: np.ndarray) -> Rounding:
     return min((tried(share, cut) for cut in CUTS), key=lambda found: found.noise)
 
 
+def weight_bytes(proto: onnx.ModelProto) -> int:
+    """Returns the size of a graph's weights, also where protobuf cannot hold them (2 GB)."""
+    return sum(len(item.raw_data) for item in proto.graph.initializer)
+
+
 def readers(proto: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     """Returns the linear layers that read a tensor, by its name."""
     found = collections.defaultdict(list)
@@ -175,7 +180,7 @@ class Int8Graph:
         if f"{activation}.scale" not in self.constants:
             yield from self.activation(activation)
         bias_values, kept = self.weights[bias], self.weights[weight]
-        smallest = 2 * np.abs(bias_values) / found.scale / 2**30  # the quantised bias has 32 bits
+        smallest = np.abs(bias_values) / found.scale / 2**29  # the quantised bias has 32 bits
         values, scales = int8_weights(
             kept * found.smoothing, np.maximum(smallest, np.finfo(np.float32).tiny)
         )
@@ -265,7 +270,7 @@ def choose_int8(
     while count <= len(noisiest):
         quiet = {name: roundings[name] for name in noisiest[count:]}
         int8 = quantize_int8(proto, seen, quiet)
-        if best and int8.ByteSize() > LARGEST * proto.ByteSize():
+        if best and weight_bytes(int8) > LARGEST * weight_bytes(proto):
             break
         lost = expected_loss(int8)
         if best is None or lost < best[2]:
