@@ -33,10 +33,12 @@ def ask(path: str, arguments: list[str]) -> int:
 def serve(path: str) -> None:
     """Forks for every script that is asked for, one after the other."""
     tests = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [os.path.dirname(tests), *sys.path]
+    repository = os.path.dirname(tests)
+    sys.path[:] = [repository, *sys.path]
     import preloaded  # noqa: F401
 
-    sys.path[:] = [folder for folder in sys.path if not folder.startswith(os.path.dirname(tests))]
+    # Not what lies below: the packages may be in the repository's own .venv.
+    sys.path[:] = [folder for folder in sys.path if folder not in (repository, tests)]
     for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
         del sys.modules[name]  # a script's own folder has its own
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
