@@ -12,6 +12,7 @@ A room may import those above it in this list, never one below (tests/test_house
     scoring         pairs of sentences encoded and scored
     splits          what a recipe trains on and is scored on: joined, split, what they share
     batches         orders of rows: shuffled, without duplicates, shared among processes
+    dropout         its draws on a CPU
     packing         one forward without padding for all columns of a batch
     results         result files, their tables, the generated parts of Markdown files
     checkpoints     which are whole, which are needed, reading one back

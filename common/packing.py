@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -19,34 +20,82 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.dropout import draw_by_bytes, drop
 from common.encoders import first_position
 
-# Tokens of a row. Longer rows hold less padding but more pairs of tokens that do not see each
-# other: attention costs their square. Of 32, 48, 64, 96 and 128, a step of 8 KorSTS pairs took
-# 0.88, 0.81 to 0.85, 0.93, 0.87 and 0.99 CPU seconds.
-ROW_LENGTH = 48
+# Row length at which attention, which costs its square, costs as much as all else: in rows of 48
+# it takes 7% of a step.
+EVEN_LENGTH = 700
+SHORTEST_ROW = 24
 # Encoders that take positions and a mask of pairs of tokens: others of that kind go here.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 def _attention_in_fp32(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, **options: Any,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of --precision bf16: on CPUs, torch's own in bf16 is several times slower."""
+    """Attention of --precision bf16: on CPUs, torch's own in bf16 is several times slower.
+
+    With dropout on packed rows, the draws are `common.dropout`'s; torch's own writes all
+    probabilities down there as well.
+    """
     with torch.autocast("cpu", enabled=False):
-        columns = (query.float(), key.float(), value.float())
-        return sdpa_attention_forward(module, *columns, attention_mask, **options)
+        query, key, value = query.float(), key.float(), value.float()  # (R, heads, W, width)
+        packed = attention_mask is not None and attention_mask.is_floating_point()
+        if not (dropout and packed and scaling):
+            options |= {"dropout": dropout, "scaling": scaling}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        scores = (query * scaling) @ key.transpose(2, 3) + attention_mask  # (R, heads, W, W)
+        context = drop(scores.softmax(-1), dropout) @ value
+        return context.transpose(1, 2).contiguous(), None
 
 
-def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> None:
+def lay_in_rows(lengths: list[int]) -> tuple[int, int, list[int]]:
+    """Lays sentences side by side into rows of one length, for the least work.
+
+    Longest first, each where it first fits; of all lengths of rows up to twice the shortest one
+    that of the least places, longer rows weighed with what their attention costs.
+
+    Returns:
+        The tokens of a row W, the rows R, and each sentence's first place among R * W.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def work(width: int, rows: int) -> float:
+        return rows * width * (1 + width / EVEN_LENGTH)
+
+    def at_best(width: int) -> float:
+        return work(width, -(-sum(lengths) // width))
+
+    shortest = max(SHORTEST_ROW, *lengths)
+    best, least = None, math.inf
+    for width in sorted(range(shortest, 2 * shortest), key=at_best):
+        if at_best(width) >= least:
+            break
+        used: list[int] = []  # of each row, the places taken
+        first = [0] * len(lengths)
+        for sentence in order:
+            length = lengths[sentence]
+            row = next((row for row, n in enumerate(used) if n + length <= width), len(used))
+            if row == len(used):
+                used.append(0)
+            first[sentence] = row * width + used[row]
+            used[row] += length
+        if work(width, len(used)) < least:
+            best, least = (width, len(used), first), work(width, len(used))
+    return best
+
+
+def pack_sentences(model: SentenceTransformer) -> None:
     """Makes training forwards on a CPU skip padding: sentences share rows, each seeing only itself.
 
-    The sentences of a batch are laid into rows of row_length tokens (or the longest sentence's),
-    longest first, each where it first fits, with positions that start again and an attention mask
-    that is block-diagonal; token embeddings come back in the batch's own layout. Losses and
-    gradients are the same up to rounding (and the draws of dropout). For `FAMILIES`; other
-    encoders, GPUs and evaluation keep their padded forwards.
+    The sentences of a batch are laid into rows (`lay_in_rows`) with positions that start again and
+    an attention mask that is block-diagonal; token embeddings come back in the batch's own layout.
+    Losses and gradients are the same up to rounding (and the draws of dropout, which are
+    `common.dropout`'s). For `FAMILIES`; other encoders, GPUs and evaluation keep their padded
+    forwards.
     """
     encoder = model[0].model
     if encoder.device.type != "cpu":
@@ -63,6 +112,7 @@ def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> 
     # models get what they got (float() changes nothing there); one kept in half precision would
     # get float32 back, and the scripts load none.
     AttentionInterface.register("sdpa", _attention_in_fp32)
+    draw_by_bytes(encoder)
     padded_forward = encoder.forward
 
     @functools.wraps(padded_forward)
@@ -73,25 +123,16 @@ def pack_sentences(model: SentenceTransformer, row_length: int = ROW_LENGTH) -> 
         if not encoder.training or not right_padded:
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
-        width = max(row_length, *lengths)  # W
-        used: list[int] = []  # of each row, the places taken
-        first = [0] * len(lengths)  # of each sentence, its first place in the flattened rows
-        for sentence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            length = lengths[sentence]
-            row = next((row for row, n in enumerate(used) if n + length <= width), len(used))
-            if row == len(used):
-                used.append(0)
-            first[sentence] = row * width + used[row]
-            used[row] += length
+        width, count, first = lay_in_rows(lengths)
         column = torch.arange(mask.shape[1])  # (L,)
         # (S, L): each token's place among R * W. Padding takes any sentence's: pooling drops it.
         place = torch.where(mask, torch.tensor(first)[:, None] + column, first[0])
 
         def lay(values: torch.Tensor, empty: int) -> torch.Tensor:
             """Lays values that expand to (S, L) into rows, (R, W)."""
-            rows = torch.full((len(used) * width,), empty)
+            rows = torch.full((count * width,), empty)
             rows[place[mask]] = values.expand_as(mask)[mask]
-            return rows.view(len(used), width)
+            return rows.view(count, width)
 
         # Whose token each place holds. Empty places are one owner's, -1, and see each other: a
         # place that saw nothing would be a softmax over nothing. No token sees them.

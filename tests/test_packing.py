@@ -23,7 +23,7 @@ from transformers import (
 from common.batches import shuffled_batches
 from common.data import read_korsts
 from common.encoders import load_encoder
-from common.packing import pack_sentences
+from common.packing import lay_in_rows, pack_sentences
 
 CONFIG = {
     "hidden_size": 32,
@@ -52,18 +52,18 @@ def test_packed_sentences_give_the_padded_losses_and_gradients(
     config: PreTrainedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_family(tmp_path, config)
-    passes = []  # shapes of the tokens that go through the encoder
+    places = []  # of the tokens that go through the encoder, by forward
 
-    def steps(packed: bool) -> tuple[list[float], list[torch.Tensor]]:
+    def steps(packed: bool) -> tuple[list[float], list[torch.Tensor], list[int]]:
         torch.manual_seed(0)
         model = load_encoder(str(tmp_path), 48, device="cpu")
-        passes.clear()
+        places.clear()
         model[0].model.embeddings.register_forward_pre_hook(
-            lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]),
+            lambda module, args, kwargs: places.append(kwargs["input_ids"].numel()),
             with_kwargs=True,
         )
         if packed:
-            pack_sentences(model, row_length=40)
+            pack_sentences(model)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -81,14 +81,31 @@ def test_packed_sentences_give_the_padded_losses_and_gradients(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(value.item())
-        return losses, gradients
+        return losses, gradients, list(places)
 
     padded, packed = steps(False), steps(True)
-    assert set(passes) == {40} and len(passes) == 40  # rows, of each column of 20 batches
+    assert len(packed[2]) == 40  # both columns of 20 batches
+    assert sum(packed[2]) < 0.9 * sum(padded[2])
     assert "trains with padding" not in capsys.readouterr().err
     assert padded[0] == pytest.approx(packed[0], abs=1e-5)
     for expected, actual in zip(padded[1], packed[1], strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [7, 7, 7, 7], [48, 3, 3, 40, 20, 20], [100, 90, 5, 5, 5, 1], [10] * 64]
+)
+def test_rows_hold_every_sentence_once_and_little_else(lengths: list[int]) -> None:
+    width, rows, first = lay_in_rows(lengths)
+    taken = [
+        place for start, n in zip(first, lengths, strict=True) for place in range(start, start + n)
+    ]
+    assert len(set(taken)) == len(taken) == sum(lengths)
+    assert max(taken) < rows * width
+    assert all(
+        start // width == (start + n - 1) // width for start, n in zip(first, lengths, strict=True)
+    )
+    assert rows * width <= max(24, 1.1 * sum(lengths))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Dropout on a CPU: a 64-bit draw decides eight elements.
+
+torch draws a number for each element, one after the other: in a training step of the offline
+encoder a fifth of the time. Here a byte is compared with the share, so that the share is a multiple
+of 1/256 (0.1 becomes 26/256); what is kept is scaled by exactly that. Draws come from torch's own
+generator, which a seed sets and a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def keep_mask(shape: torch.Size, dropped: int) -> torch.Tensor:
+    """Draws for each element 0 with a probability of dropped/256, else 1: uint8, on the CPU."""
+    draws = torch.empty(-(-shape.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    numbers = draws.view(torch.uint8)[: shape.numel()].view(shape)
+    # Not `numbers >= dropped`: torch makes booleans one by one, these two in vectors.
+    return numbers.clamp_(dropped - 1, dropped).sub_(dropped - 1)
+
+
+class _Drop(torch.autograd.Function):
+    """Keeps a byte an element for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, dropped: int) -> torch.Tensor:
+        kept = keep_mask(values.shape, dropped)
+        ctx.save_for_backward(kept)
+        ctx.scale = 256 / (256 - dropped)
+        return kept.to(values.dtype).mul_(values).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return kept.to(gradient.dtype).mul_(gradient).mul_(ctx.scale), None
+
+
+def drop(values: torch.Tensor, share: float) -> torch.Tensor:
+    """Returns values with about `share` of them at 0 and the others scaled up, as dropout does.
+
+    Where no byte can decide (a share below 1/512 or above 511/512) torch draws.
+    """
+    dropped = round(256 * share)
+    if not 0 < dropped < 256:
+        return torch.nn.functional.dropout(values, share)
+    return _Drop.apply(values, dropped)
+
+
+class Dropout(torch.nn.Dropout):
+    """torch's module with these draws."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return drop(values, self.p) if self.training and self.p else values
+
+
+def draw_by_bytes(module: torch.nn.Module) -> None:
+    """Replaces all dropouts in a module; those that compute attention are not among them."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Dropout:
+                setattr(parent, name, Dropout(child.p).train(child.training))
