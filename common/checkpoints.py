@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,10 @@ def seal_checkpoint(checkpoint: Path, best_step: int | None, keep_last: int) -> 
     """
     lift_code(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(checkpoint)): file_sha256(path) for path in files}
+    with ThreadPoolExecutor() as pool:  # hashing keeps no other thread waiting
+        digests = pool.map(file_sha256, files)
+    names = [str(path.relative_to(checkpoint)) for path in files]
+    hashes = dict(zip(names, digests, strict=True))
     write_json(checkpoint / MANIFEST, hashes)
     *older, _ = found = checkpoints(checkpoint.parent)
     for other in found[:-keep_last]:

@@ -77,7 +77,7 @@ RUNTIMES = {
     "SentenceTransformer fp32": "SentenceTransformer fp32",
     "onnxruntime fp32": "이 저장소의 파일, fp32",
     "OpenVINO fp32": "OpenVINO fp32",
-    "OpenVINO default precision": "OpenVINO bfloat16 (기본값)",
+    "OpenVINO default precision": "OpenVINO, 기본 정밀도",
     "onnxruntime int8": "이 저장소의 파일, int8",
     "OpenVINO int8": "OpenVINO int8",
 }
@@ -412,6 +412,7 @@ def generated_parts(results_dir: Path, measurements: Path) -> dict[str, str]:
         "ablation": ablation_part(rows),
         "training": training_part(measurements / "training.json"),
         "openvino": openvino_part(measurements / "openvino.json"),
+        "openvino-avx2": openvino_part(measurements / "openvino-avx2.json"),
     }
     for group in GROUPS:
         parts[f"log-{group}"] = log_part(

@@ -98,7 +98,7 @@ def recipe_parser(
         "--attention_dropout",
         type=float,
         metavar="P",
-        help="instead of the model's own; 0 makes attention much faster on a CPU",
+        help="instead of the model's own; 0 makes a step on a CPU faster",
     )
     add("--hidden_dropout", type=float, metavar="P", help="the same of all other layers")
     add(

@@ -36,10 +36,10 @@ def _attention_in_fp32(
     attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of --precision bf16: on CPUs, torch's own in bf16 is several times slower.
+    """Attention in float32, with --precision bf16 too: in bf16 a CPU takes several times as long.
 
-    With dropout on packed rows, the draws are `common.dropout`'s; torch's own writes all
-    probabilities down there as well.
+    With dropout on packed rows the draws are `common.dropout`'s. Nothing is lost by that: torch's
+    own, with dropout, computes and keeps all probabilities as well.
     """
     with torch.autocast("cpu", enabled=False):
         query, key, value = query.float(), key.float(), value.float()  # (R, heads, W, width)
@@ -109,8 +109,8 @@ def pack_sentences(model: SentenceTransformer) -> None:
         return
     offset = first_position(model)
     # By name and for the whole process: transformers looks "sdpa" up at each call. Other float32
-    # models get what they got (float() changes nothing there); one kept in half precision would
-    # get float32 back, and the scripts load none.
+    # models get what they got (float() changes nothing there, and only packed rows have a mask of
+    # numbers); one kept in half precision would get float32 back, and the scripts load none.
     AttentionInterface.register("sdpa", _attention_in_fp32)
     draw_by_bytes(encoder)
     padded_forward = encoder.forward

@@ -27,11 +27,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY), str(REPOSITORY / "onnx")]
 
 from export_onnx import dev_pairs  # noqa: E402
-from measure_onnx import instruction_sets, score_files  # noqa: E402
+from measure_onnx import score_files  # noqa: E402
 
 from common.command_line import UserError, command_line, read_json, write_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
-from common.machine import device_name  # noqa: E402
+from common.machine import device_name, instruction_sets  # noqa: E402
 
 
 def measure(name: str, model: str, dim: str, data_dir: Path) -> dict[str, Any]:

@@ -184,8 +184,12 @@ def main() -> None:
     versions = subprocess.run(
         [args.openvino_python, "-c", packages], stdout=subprocess.PIPE, check=True, text=True
     ).stdout.split()
+    from common.machine import device_name, instruction_sets  # torch: not in OV
+
     report = {
         "model": args.onnx.stem,
+        "processor": device_name("cpu"),
+        "instruction_sets": instruction_sets(),
         "threads": THREADS,
         "versions": dict(zip(("openvino", "nncf"), versions, strict=True)),
         "sentences_per_second": medians,

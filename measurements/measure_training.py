@@ -232,12 +232,16 @@ def main() -> None:
                 lap = child(sys.executable, "products", args.model, train_file, batch_size, steps)
                 rounds.setdefault(f"matrix products, batch {batch_size}", []).append(lap)
                 print("products", batch_size, lap, file=sys.stderr)
+    from common.machine import device_name, instruction_sets  # of today's torch: not in OLD
+
     medians = {
         name: {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
         for name, laps in rounds.items()
     }
     report = {
         "model": Path(args.model).name,
+        "processor": device_name("cpu"),
+        "instruction_sets": instruction_sets(),
         "data": train_file.name,
         "repeats": args.repeats,
         "steps": STEPS,

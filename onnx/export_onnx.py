@@ -95,11 +95,19 @@ class SentenceEncoder(torch.nn.Module):
         multiplication, int8 too), and its slow fusion of residual and LayerNorm stays away.
         """
         batch, length = attention_mask.shape
+        heads, width = self.config.num_attention_heads, self.config.hidden_size
         if hasattr(self.transformer, "embeddings_project"):  # ELECTRA
             embedded = self.transformer.embeddings_project(embedded)
         tokens = attention_mask.reshape(-1)
         kept = tokens.nonzero().squeeze(1)  # the places of tokens among batch * length
         row = (tokens.cumsum(0) - 1).clamp(min=0)  # and back; padding gets any row
+        # Rows become heads and come back in one step each, without transposing: where a head's
+        # query lies among (tokens * 3 * heads) vectors, (batch, heads, length), and where its
+        # context lies among (batch * heads * length), (tokens, heads).
+        head = torch.arange(heads)
+        query_place = row.view(batch, 1, length) * (3 * heads) + head[:, None]
+        before = kept // length * ((heads - 1) * length)  # the other heads of earlier sentences
+        context_place = (kept + before)[:, None] + head * length
         lowest = torch.finfo(embedded.dtype).min
         masked = (1 - attention_mask.to(embedded.dtype))[:, None, None] * lowest
         rows = embedded.reshape(batch * length, -1)[kept]
@@ -108,13 +116,13 @@ class SentenceEncoder(torch.nn.Module):
             parts = (attention.query, attention.key, attention.value)
             weight = torch.cat([part.weight for part in parts])  # one multiplication, not three
             bias = torch.cat([part.bias for part in parts])
-            heads = attention.num_attention_heads
-            split = torch.nn.functional.linear(rows, weight, bias)[row]
-            split = split.view(batch, length, 3 * heads, -1).transpose(1, 2)
-            query, key, value = split.split(heads, dim=1)
+            vectors = torch.nn.functional.linear(rows, weight, bias).view(-1, width // heads)
+            places = (query_place, query_place + heads, query_place + 2 * heads)
+            query, key, value = (torch.nn.functional.embedding(place, vectors) for place in places)
             scores = query @ key.transpose(2, 3) * attention.scaling + masked
-            context = (scores.softmax(dim=-1) @ value).transpose(1, 2)
-            rows = layer.attention.output(context.reshape(batch * length, -1)[kept], rows)
+            context = (scores.softmax(dim=-1) @ value).view(-1, width // heads)
+            context = torch.nn.functional.embedding(context_place, context).view(-1, width)
+            rows = layer.attention.output(context, rows)
             rows = layer.output(layer.intermediate(rows), rows)
         return rows[row].view(batch, length, -1)
 
@@ -383,7 +391,7 @@ def export(args: argparse.Namespace) -> None:
         # 3. fp16
         if args.fp16:
             fp16 = staging / f"{target.stem}-fp16.onnx"
-            half = convert_float_to_float16(onnx.load(target), keep_io_types=True)
+            half = convert_float_to_float16(str(target), keep_io_types=True)  # above 2 GB, too
             write_files(half, fp16, settings | {"precision": "fp16"}, tokenizer)
             check_file(fp16, model, tokenizer, dim, "fp16")
             written.append(target.with_name(fp16.name))

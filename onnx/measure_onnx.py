@@ -7,7 +7,6 @@ What is measured becomes results/onnx/NAME.json, and from all of these the table
 from __future__ import annotations
 
 import collections
-import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -31,12 +30,12 @@ from common.command_line import stored_command, write_json
 from common.encoders import default_prompt, model_folder, weight_files
 from common.evaluation import bootstrap, correlations, interval
 from common.exported import embed
+from common.machine import instruction_sets
 from common.scoring import distinct_sentences
 
 Encode = Callable[[list[str], int], np.ndarray]
 ROUNDS = 3
 SENTENCES = {32: 1024, 1: 128}  # timed in a round, by batch size
-INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 FIRST_EMBEDDING = {  # run in new processes; each prints when it has embedded one sentence
     "sentence-transformers": """
 import sys, time
@@ -54,14 +53,6 @@ feeds = {"input_ids": tokens.ids, "attention_mask": tokens.attention_mask,
 session.run(None, {item.name: numpy.array([feeds[item.name]]) for item in session.get_inputs()})
 print(time.time())""",
 }
-
-
-def instruction_sets() -> list[str]:
-    """Returns those of the CPU's instruction sets that decide int8 speed (none where unknown)."""
-    with contextlib.suppress(OSError):
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-        return [name for name in INSTRUCTION_SETS if name in words]
-    return []
 
 
 def first_embedding_seconds(library: str, model: Path) -> float:

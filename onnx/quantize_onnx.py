@@ -153,6 +153,28 @@ def readers(proto: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
+def value_projections(proto: onnx.ModelProto) -> dict[str, str]:
+    """Maps each query-key-value layer to the tensor that attention makes of its values.
+
+    Values are the last third of the layer's outputs; attention weighs and adds them, so that a
+    factor of a channel of the tensor is one of the values. The layer goes by its name.
+    """
+    producers = {name: node for node in proto.graph.node for name in node.output}
+
+    def behind(name: str) -> onnx.NodeProto | None:
+        node = producers.get(name)
+        while node is not None and node.op_type in ("Reshape", "Gather"):
+            node = producers.get(node.input[0])
+        return node
+
+    found = {}
+    for name in readers(proto):
+        attention = behind(name)
+        if attention is not None and attention.op_type == "MatMul":
+            found[behind(attention.input[1]).name] = name
+    return found
+
+
 class Int8Graph:
     """Nodes and constants of the int8 form of an exported graph."""
 
@@ -166,6 +188,13 @@ class Int8Graph:
         self.weights = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
         self.constants: dict[str, np.ndarray] = {}
         self.nodes: list[onnx.NodeProto] = []
+        # What the attention gives is smoothed by the values that go in, without a Mul.
+        linear = filter(is_linear, proto.graph.node)
+        int8 = {node.name for node in linear if node.input[0] in roundings}
+        contexts = value_projections(proto).items()
+        self.contexts = {
+            layer: name for layer, name in contexts if layer in int8 and name in roundings
+        }
         for node in proto.graph.node:
             if is_linear(node) and node.input[0] in roundings:
                 self.nodes.extend(self.linear(node))
@@ -180,6 +209,10 @@ class Int8Graph:
         if f"{activation}.scale" not in self.constants:
             yield from self.activation(activation)
         bias_values, kept = self.weights[bias], self.weights[weight]
+        if context := self.contexts.get(node.name):
+            smoothing = self.roundings[context].smoothing
+            factor = 1 / np.concatenate([np.ones_like(smoothing)] * 2 + [smoothing])
+            bias_values, kept = bias_values * factor, kept * factor[:, None]
         smallest = np.abs(bias_values) / found.scale / 2**29  # the quantised bias has 32 bits
         values, scales = int8_weights(
             kept * found.smoothing, np.maximum(smallest, np.finfo(np.float32).tiny)
@@ -199,11 +232,14 @@ class Int8Graph:
 
     def activation(self, name: str) -> Iterator[onnx.NodeProto]:
         found = self.roundings[name]
-        self.constants[f"{name}.smoothing"] = 1 / found.smoothing
         self.constants[f"{name}.scale"] = np.array(found.scale)
         self.constants[f"{name}.zero"] = np.array(found.zero, dtype=np.uint8)
         inputs = [f"{name}.smoothed", f"{name}.scale", f"{name}.zero"]
-        yield helper.make_node("Mul", [name, f"{name}.smoothing"], inputs[:1])
+        if name in self.contexts.values():
+            inputs[0] = name
+        else:
+            self.constants[f"{name}.smoothing"] = 1 / found.smoothing
+            yield helper.make_node("Mul", [name, f"{name}.smoothing"], inputs[:1])
         yield helper.make_node("QuantizeLinear", inputs, [f"{name}.quantized"])
 
     def dequantize(self, name: str, values: np.ndarray, scales: np.ndarray) -> onnx.NodeProto:

@@ -11,7 +11,7 @@ from exports import bert, roberta
 
 from common.dropout import Dropout, drop, keep_mask
 from common.encoders import load_encoder
-from common.packing import pack_sentences
+from common.packing import _attention_in_fp32, pack_sentences
 
 
 @pytest.mark.parametrize("dropped", [1, 26, 128, 255])
@@ -51,8 +51,8 @@ def test_draws_are_those_of_torchs_generator() -> None:
     assert torch.equal(drop(values, 0.5), second) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.999, 1.0])
-def test_a_share_that_no_byte_can_decide_is_torchs(share: float) -> None:
+@pytest.mark.parametrize("share", [0.001, 0.003, 0.999, 1.0])
+def test_a_share_that_bytes_miss_is_torchs(share: float) -> None:
     torch.manual_seed(5)
     expected = torch.nn.functional.dropout(torch.ones(10_000), share)
     torch.manual_seed(5)
@@ -82,6 +82,30 @@ def test_packed_training_never_asks_torch_for_dropout(
     one = model(dict(features))["sentence_embedding"]
     other = model(dict(features))["sentence_embedding"]
     assert one.isfinite().all() and not torch.equal(one, other)
+
+
+def test_attention_drops_probabilities_and_passes_gradients() -> None:
+    generator = torch.Generator().manual_seed(7)
+    columns = [torch.randn(2, 3, 5, 4, generator=generator).requires_grad_() for _ in range(3)]
+    mask = torch.zeros(2, 1, 5, 5).masked_fill(torch.eye(5) > 0, torch.finfo(torch.float32).min)
+    torch.manual_seed(8)
+    found, _ = _attention_in_fp32(None, *columns, mask, dropout=0.25, scaling=0.5)
+    gradients = torch.autograd.grad(found.square().sum(), columns)
+    torch.manual_seed(8)
+    kept = keep_mask(torch.Size([2, 3, 5, 5]), 64).float()
+    query, key, value = columns
+    weights = (query @ key.mT * 0.5 + mask).softmax(-1) * kept / 0.75
+    expected = (weights @ value).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous()
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), columns))
+
+
+def test_a_packed_model_saves_what_it_was_loaded_from(tmp_path: Path) -> None:
+    model = load_encoder(str(write_family(tmp_path / "plain", bert())), 48, device="cpu")
+    names, config = list(model.state_dict()), model[0].model.config.to_dict()
+    pack_sentences(model)
+    assert list(model.state_dict()) == names and model[0].model.config.to_dict() == config
 
 
 def test_attention_with_dropout_has_the_expectation_of_attention(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from common.results import NOT_MEASURED
 
 SCRIPT = REPOSITORY / "measurements" / "collect_experiments.py"
 RESULTS, MEASUREMENTS = REPOSITORY / "results", REPOSITORY / "measurements"
-PARTS = {"original", "v2", "ablation", "training", "openvino"}
+PARTS = {"original", "v2", "ablation", "training", "openvino", "openvino-avx2"}
 COMPARED = """$ python benchmark.py --compare a-1,a-2 b-1,b-2
 sts-test.tsv: 1,379 pairs, 2,514 sentences
 x100                       A       B   A - B   95% interval

@@ -189,6 +189,9 @@ def test_standard_operators_and_one_file_that_stands_alone(tmp_path, bert, expor
     proto = onnx.load(alone / "model.onnx")
     assert [(item.domain, item.version) for item in proto.opset_import] == [("", 17)]
     assert {node.domain for node in proto.graph.node} == {""}
+    # Of the two layers, only keys are turned: heads are gathered from rows, and rows from heads.
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("Transpose") == 2 and "Split" not in kinds
     metadata = {item.key: item.value for item in proto.metadata_props}
     digest = hashlib.sha256((bert / "model.safetensors").read_bytes()).hexdigest()
     tokenizer = metadata.pop("tokenizer")
@@ -382,9 +385,9 @@ def test_a_failed_check_leaves_no_file(tmp_path, bert, export, monkeypatch):
 
 def test_above_2_gb_the_weights_lie_beside(tmp_path, bert, export, monkeypatch, capsys):
     monkeypatch.setattr(export_onnx, "MAX_FILE_BYTES", 10_000)
-    assert export(bert, "--quantize", "int8", "--data_dir", SAMPLES, "--force",
+    assert export(bert, "--fp16", "--quantize", "int8", "--data_dir", SAMPLES, "--force",
                   "--results_dir", tmp_path / "results") == (0, [])  # fmt: skip
-    names = [f"{name}.{end}" for name in ("tiny", "tiny-int8")
+    names = [f"{name}.{end}" for name in ("tiny", "tiny-fp16", "tiny-int8")
              for end in ("json", "onnx", "onnx.data", "tokenizer.json")]  # fmt: skip
     assert left_over(tmp_path / "out") == sorted(names)
     assert (tmp_path / "out/tiny.onnx.data").stat().st_size > 10_000
@@ -529,6 +532,48 @@ def test_the_noisiest_layers_stay_in_float32_while_dev_asks_for_it(
     assert lost == (3 - kept if kept < 3 else 0)
     assert [len(each) for each in asked] == [n for n in (0, 1, 2, 4) if n <= kept]
     assert np.isfinite(outputs_of(chosen, generator.normal(size=(4, 32)))).all()
+
+
+def test_values_take_the_smoothing_of_what_attention_gives(tmp_path, bert, export, monkeypatch):
+    assert export(bert) == (0, [])
+    path = tmp_path / "out/tiny.onnx"
+    proto, tokenizer = (
+        onnx.load(path),
+        Tokenizer.from_file(str(path.with_suffix(".tokenizer.json"))),
+    )
+    seen = quantize_onnx.calibrate(path, tokenizer, SENTENCES)
+    layers = quantize_onnx.readers(proto)
+    weights = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
+    roundings = {
+        name: quantize_onnx.least_error(seen[name], weights[layer.input[1]])
+        for name, (layer,) in layers.items()
+    }
+    values = quantize_onnx.value_projections(proto)
+    contexts = list(values.values())
+    assert len(contexts) == 2 and all(roundings[name].smoothing.std() > 0 for name in contexts)
+
+    def smoothed(graph: onnx.ModelProto) -> list[str]:
+        names = [item.name for item in graph.graph.initializer]
+        return [name.removesuffix(".smoothing") for name in names if name.endswith(".smoothing")]
+
+    def vectors(graph: onnx.ModelProto) -> np.ndarray:
+        return embed(onnxruntime.InferenceSession(graph.SerializeToString()), tokenizer, SENTENCES)
+
+    folded = quantize_onnx.quantize_int8(proto, seen, roundings)
+    assert sorted(smoothed(folded)) == sorted(set(roundings) - set(contexts))
+    in_float = next(name for name, (layer,) in layers.items() if layer.name in values)
+    fewer = {name: rounding for name, rounding in roundings.items() if name != in_float}
+    mixed = quantize_onnx.quantize_int8(proto, seen, fewer)
+    assert sorted(smoothed(mixed)) == sorted(set(fewer) - set(contexts[1:]))
+    others = {name: rounding for name, rounding in roundings.items() if name != contexts[0]}
+    left = quantize_onnx.quantize_int8(proto, seen, others)
+    assert sorted(smoothed(left)) == sorted(set(others) - set(contexts))
+    monkeypatch.setattr(quantize_onnx, "value_projections", lambda proto: {})
+    plain = quantize_onnx.quantize_int8(proto, seen, roundings)
+    assert sorted(smoothed(plain)) == sorted(roundings)
+    expected = vectors(proto)
+    far = [np.abs(vectors(graph) - expected).max() for graph in (plain, folded, mixed, left)]
+    assert max(far) < 2 * far[0] < 0.1 * np.abs(expected).max()
 
 
 def test_what_is_expected_to_be_lost_is_what_changes_cosines_at_random(tmp_path, monkeypatch):

@@ -108,6 +108,19 @@ def test_rows_hold_every_sentence_once_and_little_else(lengths: list[int]) -> No
     assert rows * width <= max(24, 1.1 * sum(lengths))
 
 
+def test_rows_may_be_longer_than_a_sentence_can_be(tmp_path: Path) -> None:
+    config = RobertaConfig(**ROBERTA | {"max_position_embeddings": 18})  # 16 tokens
+    model = load_encoder(str(write_family(tmp_path, config, model_max_length=16)), 16, device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    features = model.preprocess(["한 남자가 파스타를 먹는다. 맛있게 먹는다."] * 3)
+    assert lay_in_rows(features["attention_mask"].sum(1).tolist())[0] > 16
+    padded = model(dict(features))["sentence_embedding"]
+    pack_sentences(model)
+    torch.testing.assert_close(model.train()(dict(features))["sentence_embedding"], padded)
+
+
 @pytest.mark.parametrize(
     "config",
     [

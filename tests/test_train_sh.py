@@ -33,10 +33,12 @@ def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Pat
     return folder
 
 
-def train_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def train_sh(
+    folder: Path, *arguments: str, data: Path = SAMPLES
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(folder / "train.sh"), *arguments], capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "DATA_DIR": str(SAMPLES), "HF_HUB_OFFLINE": "1"},
+        env={"PATH": "/usr/bin:/bin", "DATA_DIR": str(data), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
@@ -111,3 +113,16 @@ def test_the_demo_does_all_stages_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert search.startswith("/bin/true examples/semantic_search_onnx.py") and folder[:-3] in search
     assert score.startswith(f"/bin/true benchmark.py {folder} ") and "--results_dir" in score
     assert longer == f"DATA_DIR={SAMPLES} bash train.sh e5-small-ko-v2"
+
+
+def test_the_demos_last_lines_can_be_pasted_where_folders_have_spaces(tmp_path: Path) -> None:
+    python, data = tmp_path / "an environment/python", tmp_path / "my data's"
+    python.parent.mkdir()
+    python.symlink_to("/bin/true")
+    data.mkdir()
+    done = train_sh(copy_of_train_sh(tmp_path, str(python)), "demo", data=data)
+    assert done.returncode == 0, done.stderr
+    search, score, longer = map(shlex.split, done.stdout.splitlines()[-3:])
+    assert search[0] == score[0] == str(python)
+    assert score[score.index("--data_dir") + 1] == str(data)
+    assert longer == [f"DATA_DIR={data}", "bash", "train.sh", "e5-small-ko-v2"]
