@@ -92,7 +92,7 @@ def test_another_loss_learns_and_the_mean_of_checkpoints_is_tried(
         "training_sts.py",
         encoder,
         *options,
-        *("--start_weight", 0.25, "--attention_dropout", 0),
+        *("--start_weight", 0.25, "--attention_dropout", 0, "--hidden_dropout", 0),
         "--run_dir",
         tmp_path / "run",
     )
