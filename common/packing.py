@@ -61,13 +61,13 @@ def lay_in_rows(lengths: list[int]) -> tuple[int, int, list[int]]:
     Returns:
         The tokens of a row W, the rows R, and each sentence's first place among R * W.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order, tokens = sorted(range(len(lengths)), key=lambda i: -lengths[i]), sum(lengths)
 
     def work(width: int, rows: int) -> float:
         return rows * width * (1 + width / EVEN_LENGTH)
 
     def at_best(width: int) -> float:
-        return work(width, -(-sum(lengths) // width))
+        return work(width, -(-tokens // width))
 
     shortest = max(SHORTEST_ROW, *lengths)
     best, least = None, math.inf

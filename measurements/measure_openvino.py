@@ -188,7 +188,7 @@ def main() -> None:
 
     report = {
         "model": args.onnx.stem,
-        "processor": device_name("cpu"),
+        "machine": device_name("cpu"),
         "instruction_sets": instruction_sets(),
         "threads": THREADS,
         "versions": dict(zip(("openvino", "nncf"), versions, strict=True)),

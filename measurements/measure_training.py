@@ -240,7 +240,7 @@ def main() -> None:
     }
     report = {
         "model": Path(args.model).name,
-        "processor": device_name("cpu"),
+        "machine": device_name("cpu"),
         "instruction_sets": instruction_sets(),
         "data": train_file.name,
         "repeats": args.repeats,

@@ -195,6 +195,17 @@ def test_typed_costs_are_those_of_the_log() -> None:
         assert f"{rows[run]['peak_memory_mb']:,} MB" in text, run
 
 
+def test_the_ratios_to_openvino_are_those_of_the_file() -> None:
+    rows = read_json(REPOSITORY / "measurements/openvino-avx2.json")["sentences_per_second"]
+    ratios = [
+        rows["onnxruntime int8"][key]
+        / max(row[key] for name, row in rows.items() if "Open" in name)
+        for key in ("batch_32", "batch_1")
+    ]
+    text = text_of(REPOSITORY / "onnx/README.md")
+    assert "{:.1f}배(배치 32), {:.1f}배(배치 1)".format(*ratios) in text
+
+
 # --- Words -----------------------------------------------------------------------------------
 
 
