@@ -27,7 +27,8 @@ from common.command_line import command_line
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
 from common.splits import read_data
-from common.training import AdamWPerTask, TakeTurns, load_model, recipe_loss, recipe_trainer, train
+from common.training import load_model, recipe_loss, recipe_trainer, train
+from common.two_tasks import AdamWPerTask, TakeTurns
 
 
 def main() -> None:

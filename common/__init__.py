@@ -14,6 +14,8 @@ A room may import those above it in this list, never one below (tests/test_house
     batches         orders of rows: shuffled, without duplicates, shared among processes
     dropout         its draws on a CPU
     packing         one forward without padding for all columns of a batch
+    graphs          an encoder's layers as CUDA graphs
+    two_tasks       an optimizer for two tasks that take turns
     results         result files, their tables, the generated parts of Markdown files
     checkpoints     which are whole, which are needed, reading one back
     model_card      the model card of a finished run

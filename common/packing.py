@@ -1,4 +1,4 @@
-"""One forward without padding for all columns of a batch (on a CPU).
+"""One forward without padding for all columns of a batch.
 
 Of a batch of KorSTS or KorNLI, padded by column, two thirds are padding. Here the sentences of all
 columns go through the encoder in one forward, laid side by side into rows without padding.
@@ -27,6 +27,9 @@ from common.encoders import first_position
 # it takes 7% of a step.
 EVEN_LENGTH = 700
 SHORTEST_ROW = 24
+# On a GPU rows' length and number are multiples of these: few shapes, since each needs plans and
+# graphs of its own.
+GPU_STEPS = (32, 4)
 # Encoders that take positions and a mask of pairs of tokens: others of that kind go here.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
@@ -52,11 +55,17 @@ def _attention_in_fp32(
         return context.transpose(1, 2).contiguous(), None
 
 
-def lay_in_rows(lengths: list[int]) -> tuple[int, int, list[int]]:
+def lay_in_rows(
+    lengths: list[int], width_step: int = 1, count_step: int = 1
+) -> tuple[int, int, list[int]]:
     """Lays sentences side by side into rows of one length, for the least work.
 
     Longest first, each where it first fits; of all lengths of rows up to twice the shortest one
     that of the least places, longer rows weighed with what their attention costs.
+
+    Args:
+        lengths: tokens of each sentence.
+        width_step, count_step: W is a multiple of the one, R of the other.
 
     Returns:
         The tokens of a row W, the rows R, and each sentence's first place among R * W.
@@ -69,38 +78,44 @@ def lay_in_rows(lengths: list[int]) -> tuple[int, int, list[int]]:
     def at_best(width: int) -> float:
         return work(width, -(-tokens // width))
 
-    shortest = max(SHORTEST_ROW, *lengths)
+    shortest = -(-max(SHORTEST_ROW, *lengths) // width_step) * width_step
     best, least = None, math.inf
-    for width in sorted(range(shortest, 2 * shortest), key=at_best):
+    for width in sorted(range(shortest, 2 * shortest, width_step), key=at_best):
         if at_best(width) >= least:
             break
         used: list[int] = []  # of each row, the places taken
         first = [0] * len(lengths)
+        row = before = 0
         for sentence in order:
             length = lengths[sentence]
-            row = next((row for row, n in enumerate(used) if n + length <= width), len(used))
+            # Where one as long found no place, this one finds none.
+            row = row if length == before else 0
+            while row < len(used) and used[row] + length > width:
+                row += 1
             if row == len(used):
                 used.append(0)
             first[sentence] = row * width + used[row]
             used[row] += length
-        if work(width, len(used)) < least:
-            best, least = (width, len(used), first), work(width, len(used))
+            before = length
+        rows = -(-len(used) // count_step) * count_step
+        if work(width, rows) < least:
+            best, least = (width, rows, first), work(width, rows)
     return best
 
 
 def pack_sentences(model: SentenceTransformer) -> None:
-    """Makes training forwards on a CPU skip padding: sentences share rows, each seeing only itself.
+    """Makes training forwards skip padding: sentences share rows, each seeing only itself.
 
     The sentences of a batch are laid into rows (`lay_in_rows`) with positions that start again and
     an attention mask that is block-diagonal; token embeddings come back in the batch's own layout.
-    Losses and gradients are the same up to rounding (and the draws of dropout, which are
-    `common.dropout`'s). For `FAMILIES`; other encoders, GPUs and evaluation keep their padded
-    forwards.
+    Losses and gradients are the same up to rounding (and the draws of dropout, which on a CPU are
+    `common.dropout`'s). For `FAMILIES` on a CPU or with CUDA; other encoders, other devices and
+    evaluation keep their padded forwards.
     """
     encoder = model[0].model
-    if encoder.device.type != "cpu":
+    family, on_cpu = encoder.config.model_type, encoder.device.type == "cpu"
+    if encoder.device.type not in ("cpu", "cuda"):
         return
-    family = encoder.config.model_type
     if family not in FAMILIES or getattr(encoder.config, "is_decoder", False):
         print(
             f"note: {family} trains with padding: only {', '.join(FAMILIES)} train without",
@@ -108,46 +123,62 @@ def pack_sentences(model: SentenceTransformer) -> None:
         )
         return
     offset = first_position(model)
-    # By name and for the whole process: transformers looks "sdpa" up at each call. Other float32
-    # models get what they got (float() changes nothing there, and only packed rows have a mask of
-    # numbers); one kept in half precision would get float32 back, and the scripts load none.
-    AttentionInterface.register("sdpa", _attention_in_fp32)
-    draw_by_bytes(encoder)
+    if on_cpu:
+        # By name and for the whole process: transformers looks "sdpa" up at each call. Other
+        # float32 models get what they got (float() changes nothing there, and only packed rows
+        # have a mask of numbers); one kept in half precision would get float32 back, and the
+        # scripts load none.
+        AttentionInterface.register("sdpa", _attention_in_fp32)
+        draw_by_bytes(encoder)
     padded_forward = encoder.forward
 
     @functools.wraps(padded_forward)
     def packed_forward(**inputs: Any) -> Any:
         # Below: S sentences padded to L tokens come in, R rows of W places go through the encoder.
-        mask = inputs["attention_mask"].bool()  # (S, L)
+        device = inputs["attention_mask"].device
+        mask = inputs["attention_mask"].cpu().bool()  # (S, L); all places are found on the CPU
         right_padded = mask[:, 0].all() and not (mask[:, 1:] > mask[:, :-1]).any()
         if not encoder.training or not right_padded:
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
-        width, count, first = lay_in_rows(lengths)
+        width, count, first = lay_in_rows(lengths, *(() if on_cpu else GPU_STEPS))
         column = torch.arange(mask.shape[1])  # (L,)
-        # (S, L): each token's place among R * W. Padding takes any sentence's: pooling drops it.
-        place = torch.where(mask, torch.tensor(first)[:, None] + column, first[0])
+        tokens = mask.flatten().nonzero()[:, 0]  # (T,): each token's place among S * L
+        places = (torch.tensor(first)[:, None] + column)[mask]  # (T,): its place among R * W
 
         def lay(values: torch.Tensor, empty: int) -> torch.Tensor:
-            """Lays values that expand to (S, L) into rows, (R, W)."""
+            """Lays values that expand to (S, L) into rows, (R * W,)."""
             rows = torch.full((count * width,), empty)
-            rows[place[mask]] = values.expand_as(mask)[mask]
-            return rows.view(count, width)
+            rows[places] = values.expand_as(mask)[mask]
+            return rows
 
         # Whose token each place holds. Empty places are one owner's, -1, and see each other: a
         # place that saw nothing would be a softmax over nothing. No token sees them.
         owner = lay(torch.arange(len(lengths))[:, None], -1)
-        blocked = owner[:, :, None] != owner[:, None, :]  # (R, W, W)
+        source = lay(torch.arange(mask.numel()).view_as(mask), 0)
+        found = owner, source, lay(column + offset, offset), tokens, places
+        if not on_cpu:  # one copy that nothing waits for
+            sizes = [len(values) for values in found]
+            found = torch.cat(found).pin_memory().to(device, non_blocking=True).split(sizes)
+        owner, source, positions, tokens, places = found
         for name in ("input_ids", "token_type_ids"):
             if name in inputs:
-                inputs[name] = lay(inputs[name], 0)
-        inputs["position_ids"] = lay(column + offset, offset)
-        inputs["attention_mask"] = torch.zeros(blocked.shape).masked_fill(
-            blocked, torch.finfo(torch.float32).min
+                inputs[name] = inputs[name].flatten()[source].view(count, width)
+        inputs["position_ids"] = positions.view(count, width)
+        owner = owner.view(count, width)
+        blocked = owner[:, :, None] != owner[:, None, :]  # (R, W, W)
+        half = not on_cpu and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
+        inputs["attention_mask"] = torch.zeros_like(blocked, dtype=dtype).masked_fill(
+            blocked, torch.finfo(dtype).min
         )[:, None]  # (R, 1, W, W), added to the scores of all heads
         output = padded_forward(**inputs)
-        hidden = output.last_hidden_state  # (R, W, hidden)
-        output.last_hidden_state = hidden.flatten(0, 1)[place]  # (S, L, hidden)
+        hidden = output.last_hidden_state.flatten(0, 1)  # (R * W, hidden)
+        output.last_hidden_state = (
+            hidden.new_zeros(mask.numel(), hidden.shape[1])
+            .index_copy(0, tokens, hidden.index_select(0, places))
+            .view(*mask.shape, -1)
+        )  # (S, L, hidden), nothing where there is padding: pooling drops it
         return output
 
     encoder.forward = packed_forward

@@ -12,8 +12,8 @@ import os
 import shlex
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
+from multiprocessing import get_start_method
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
 from common.command_line import UserError, first_line
 from common.encoders import check_embeddings, default_prompt, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
+from common.graphs import use_graphs
 from common.machine import cost, cost_of, process_cost
 from common.packing import OneForward, pack_sentences, takes_embeddings
 from common.run_folder import Result, Run, Scores
@@ -109,12 +110,13 @@ def recipe_loss(
         raise UserError(f"--resume: {type(loss).__name__} has weights that no checkpoint holds")
     if takes_embeddings(loss):
         loss = OneForward(model, loss, gather)
+        use_graphs(model)
     if not args.matryoshka_dims:
         return loss
     return MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
 
 
-# --- Callbacks and optimizer -----------------------------------------------------------------
+# --- Callbacks -------------------------------------------------------------------------------
 
 
 class EvaluationPoints(ProgressCallback):
@@ -198,37 +200,6 @@ def evaluations(state: TrainerState) -> list[tuple[int, Scores]]:
         for entry in state.log_history
         if "eval_cosine_spearman" in entry
     ]
-
-
-class AdamWPerTask(torch.optim.AdamW):
-    """AdamW with moments of its own for each of two tasks that share the parameters."""
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
-        self.task, self.moments = 0, [self.state, defaultdict(dict)]
-
-    def step(self, closure: Any = None) -> Any:
-        self.state = self.moments[self.task]
-        return super().step(closure)
-
-    def state_dict(self) -> dict[str, Any]:
-        tasks = []
-        for moments in self.moments:
-            self.state = moments
-            tasks.append(super().state_dict())
-        return {"tasks": tasks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for task, state in enumerate(state_dict["tasks"]):
-            super().load_state_dict(state)
-            self.moments[task] = self.state
-
-
-class TakeTurns(TrainerCallback):
-    """Tells the optimizer whose step it is: NLI's, then STS's."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["optimizer"].optimizer.task = state.global_step % 2
 
 
 # --- The trainer -----------------------------------------------------------------------------
@@ -372,6 +343,8 @@ def recipe_trainer(
         logging_steps=10,
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Sentences are tokenized beside the GPU's steps (by forks: others would be sent the model).
+        dataloader_num_workers=2 * (torch.cuda.is_available() and get_start_method() == "fork"),
         report_to=["tensorboard"],
     )
     return RecipeTrainer(

@@ -23,7 +23,7 @@ from transformers import (
 from common.batches import shuffled_batches
 from common.data import read_korsts
 from common.encoders import load_encoder
-from common.packing import lay_in_rows, pack_sentences
+from common.packing import GPU_STEPS, lay_in_rows, pack_sentences
 
 CONFIG = {
     "hidden_size": 32,
@@ -106,6 +106,21 @@ def test_rows_hold_every_sentence_once_and_little_else(lengths: list[int]) -> No
         start // width == (start + n - 1) // width for start, n in zip(first, lengths, strict=True)
     )
     assert rows * width <= max(24, 1.1 * sum(lengths))
+
+
+def test_on_a_gpu_rows_have_few_shapes() -> None:
+    lengths = [5 + 7 * number % 44 for number in range(192)]
+    width, rows, first = lay_in_rows(lengths, *GPU_STEPS)
+    assert width % 32 == 0 and rows % 4 == 0 and rows * width < 1.1 * sum(lengths)
+    assert max(start + n for start, n in zip(first, lengths, strict=True)) <= rows * width
+    shapes = {lay_in_rows(lengths[number:], *GPU_STEPS)[:2] for number in range(20)}
+    assert len(shapes) < 5
+
+
+def test_on_other_devices_the_forward_stays(tmp_path: Path) -> None:
+    model = load_encoder(str(write_family(tmp_path, BertConfig(**CONFIG))), 48, device="cpu")
+    pack_sentences(model.to("meta"))
+    assert "forward" not in vars(model[0].model)
 
 
 def test_rows_may_be_longer_than_a_sentence_can_be(tmp_path: Path) -> None:

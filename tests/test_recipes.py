@@ -33,7 +33,8 @@ from common.formats import read_nli_triplets
 from common.packing import lay_in_rows
 from common.run_folder import Run
 from common.scoring import PairsEvaluator
-from common.training import AdamWPerTask, RecipeTrainer
+from common.training import RecipeTrainer
+from common.two_tasks import AdamWPerTask
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def test_a_gpu_takes_all_precisions_and_the_library_and_keeps_what_it_had(
         monkeypatch.setattr(size, name, lambda *line, name=name: {"by": name, "steps": line[2]})
     rows = run_size(monkeypatch, tmp_path)["gpu"]["rows"]
     assert len(rows) == 4 * 3 + 2 * 3
-    assert rows["v2 sts, tf32"] == {"by": "measure", "steps": 200}
-    assert rows["nli, bf16, library"] == {"by": "measure_library", "steps": 200}
+    assert rows["v2 sts, tf32"] == {"by": "measure", "steps": 300}
+    assert rows["nli, bf16, library"] == {"by": "measure_library", "steps": 300}
     options = ("--recipes", "sts", "--precisions", "bf16", "--steps", 50)
     again = run_size(monkeypatch, tmp_path, *options)["gpu"]["rows"]
     changed = {name for name in rows if again[name] != rows[name]}

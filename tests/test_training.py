@@ -24,7 +24,8 @@ from common.encoders import default_prompt, load_encoder
 from common.evaluation import correlations
 from common.options import recipe_parser
 from common.scoring import PairsEvaluator
-from common.training import AdamWPerTask, load_model
+from common.training import load_model
+from common.two_tasks import AdamWPerTask
 from training_sts import PearsonLoss
 
 LAYER = "encoder.layer.0.output.dense.weight"

@@ -1,0 +1,163 @@
+"""Training on a GPU: rows without padding, and graphs of the layers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SAMPLES
+from encoders import write_family
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from transformers import BertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig
+
+from common import graphs
+from common.batches import shuffled_batches
+from common.data import read_korsts
+from common.encoders import load_encoder
+from common.graphs import Graphs, use_graphs
+from common.packing import OneForward, pack_sentences
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"intermediate_size": 128, "max_position_embeddings": 66, "initializer_range": 0.2}
+ROBERTA = SHAPE | {"type_vocab_size": 1, "pad_token_id": 1}
+
+
+@pytest.fixture(autouse=True)
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of rows that were recorded."""
+    found, capture = [], Graphs.capture
+
+    def noted(self: Graphs, hidden: torch.Tensor, mask: torch.Tensor) -> graphs.Captured:
+        found.append(hidden.shape)
+        return capture(self, hidden, mask)
+
+    monkeypatch.setattr(Graphs, "capture", noted)
+    return found
+
+
+def gpu_model(
+    folder: Path, config: PreTrainedConfig, dropout: float, packed: bool = True
+) -> SentenceTransformer:
+    """Returns a model that trains on the GPU, with graphs where it is packed."""
+    if not folder.is_dir():
+        write_family(folder, config)
+    torch.manual_seed(0)
+    model = load_encoder(str(folder), 48, device="cuda")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    if packed:
+        pack_sentences(model)
+        use_graphs(model)
+    return model.train()
+
+
+def batches(model: SentenceTransformer, how_many: int, size: int = 8) -> list:
+    """Returns features of KorSTS-like pairs and their labels, on the GPU."""
+    pairs = read_korsts(SAMPLES / "KorSTS/sts-train.tsv")
+    found = []
+    for rows in itertools.islice(shuffled_batches(len(pairs), size, 777), how_many):
+        columns = [list(pairs[name].iloc[rows]) for name in ("sentence1", "sentence2")]
+        features = [
+            {name: value.cuda() for name, value in model.preprocess(column).items()
+             if isinstance(value, torch.Tensor)}
+            for column in columns
+        ]  # fmt: skip
+        found.append((features, torch.tensor(pairs["score"].iloc[rows].to_numpy()).cuda()))
+    return found
+
+
+def train(
+    model: SentenceTransformer, data: list, precision: str = "fp32", steps_of: int = 1
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Returns the losses of one forward a batch, and the last step's gradients."""
+    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses, gradients = [], []
+    for number, (features, labels) in enumerate(data, 1):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            value = loss([dict(column) for column in features], labels)
+        value.backward()
+        losses.append(value.item())
+        if number % steps_of == 0:
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BertConfig(**SHAPE), RobertaConfig(**ROBERTA), ElectraConfig(**SHAPE, embedding_size=16)],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("steps_of", [1, 2], ids=["", "two batches a step"])
+def test_graphs_give_the_padded_losses_and_gradients(
+    config: PreTrainedConfig, steps_of: int, tmp_path: Path, captures: list[torch.Size]
+) -> None:
+    padded = gpu_model(tmp_path / "model", config, 0.0, packed=False)
+    data = batches(padded, 20)
+    expected = train(padded, data, steps_of=steps_of)
+    actual = train(gpu_model(tmp_path / "model", config, 0.0), data, steps_of=steps_of)
+    assert 0 < len(captures) == len(set(captures)) < 10
+    assert actual[0] == pytest.approx(expected[0], abs=1e-5)
+    for one, other in zip(actual[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_differs_by_its_rounding(tmp_path: Path, captures: list[torch.Size]) -> None:
+    padded = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.0, packed=False)
+    data = batches(padded, 10)
+    expected = train(padded, data, "bf16")[0]
+    actual = train(gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.0), data, "bf16")[0]
+    assert captures
+    assert actual == pytest.approx(expected, abs=2e-2)
+
+
+def test_every_replay_draws_dropout_anew_from_the_seed(tmp_path: Path) -> None:
+    model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.3)
+    features, labels = batches(model, 1)[0]
+    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
+
+    def three() -> list[float]:
+        torch.cuda.manual_seed(7)
+        found = []
+        for _ in range(3):
+            value = loss([dict(column) for column in features], labels)
+            value.backward()
+            found.append(value.item())
+        return found
+
+    recording = three()  # recorded at its first forward, which draws nothing
+    assert len(set(recording)) == 3
+    assert three() == recording
+    state = torch.cuda.get_rng_state()
+    following = loss([dict(column) for column in features], labels)
+    following.backward()
+    torch.cuda.set_rng_state(state)  # as --resume does
+    again = loss([dict(column) for column in features], labels)
+    assert again.item() == following.item()
+
+
+def test_a_second_forward_before_the_backward_runs_without_graphs(tmp_path: Path) -> None:
+    def gradients(packed: bool) -> list[torch.Tensor]:
+        model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.0, packed)
+        (features, labels), *_ = batches(model, 1)
+        for _ in range(2):  # one forward a column: two before each backward
+            model.zero_grad()
+            CosineSimilarityLoss(model)([dict(column) for column in features], labels).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_scoring_runs_without_graphs(tmp_path: Path, captures: list[torch.Size]) -> None:
+    model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.1)
+    model.encode(["한 남자가 파스타를 먹는다."] * 3)
+    assert not captures
