@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import torch
 from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
 
 from common.command_line import UserError, first_line, read_json
 
@@ -35,13 +36,19 @@ def embed(
     tokenizer: Tokenizer,
     sentences: Sequence[str],
     batch_size: int = 32,
+    progress: str | None = None,
 ) -> np.ndarray:
-    """Returns float32 (sentences, dimension) embeddings; batches hold sentences of like length."""
+    """Returns float32 (sentences, dimension) embeddings; batches hold sentences of like length.
+
+    Args:
+        progress: what a bar on stderr says that it counts; default: no bar.
+    """
     feeds = feed(session, tokenizer.encode_batch(list(sentences)))
     mask = feeds["attention_mask"]
     order = np.argsort(-mask.sum(axis=1), kind="stable")
     parts = []
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, unit=" batches", disable=not progress):
         rows = order[start : start + batch_size]
         used = mask[rows].any(axis=0)
         batch = {name: values[rows][:, used] for name, values in feeds.items()}

@@ -134,11 +134,12 @@ def pack_sentences(model: SentenceTransformer) -> None:
 
     @functools.wraps(padded_forward)
     def packed_forward(**inputs: Any) -> Any:
+        if not encoder.training:
+            return padded_forward(**inputs)
         # Below: S sentences padded to L tokens come in, R rows of W places go through the encoder.
         device = inputs["attention_mask"].device
         mask = inputs["attention_mask"].cpu().bool()  # (S, L); all places are found on the CPU
-        right_padded = mask[:, 0].all() and not (mask[:, 1:] > mask[:, :-1]).any()
-        if not encoder.training or not right_padded:
+        if not mask[:, 0].all() or (mask[:, 1:] > mask[:, :-1]).any():  # not padded on the right
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
         width, count, first = lay_in_rows(lengths, *(() if on_cpu else GPU_STEPS))

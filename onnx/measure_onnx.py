@@ -33,7 +33,7 @@ from common.exported import embed
 from common.machine import instruction_sets
 from common.scoring import distinct_sentences
 
-Encode = Callable[[list[str], int], np.ndarray]
+Encode = Callable[[list[str], int, str | None], np.ndarray]
 ROUNDS = 3
 SENTENCES = {32: 1024, 1: 128}  # timed in a round, by batch size
 FIRST_EMBEDDING = {  # run in new processes; each prints when it has embedded one sentence
@@ -92,8 +92,8 @@ def measure(
         }
     ]
     encoders = [
-        lambda sentences, batch_size: model.encode(
-            sentences, batch_size=batch_size, show_progress_bar=False
+        lambda sentences, batch_size, progress: model.encode(
+            sentences, batch_size=batch_size, show_progress_bar=bool(progress)
         )
     ]
     for name, path in files.items():
@@ -110,7 +110,7 @@ def measure(
                 start = time.perf_counter()
                 calls = [[sentence] for sentence in sample] if batch_size == 1 else [sample]
                 for call in calls:
-                    encode(call, batch_size)
+                    encode(call, batch_size, None)
                 seconds[row["encoder"]].append(time.perf_counter() - start)
         for row in rows:
             best = min(seconds[row["encoder"]])
@@ -148,7 +148,9 @@ def expected_loss(
     texts = [prompt + sentence for sentence in sentences]
 
     def cosines(model: Path | bytes) -> np.ndarray:
-        embeddings = embed(onnxruntime.InferenceSession(model), tokenizer, texts)
+        what = "int8, dev" if isinstance(model, bytes) else "fp32, dev"
+        session = onnxruntime.InferenceSession(model)
+        embeddings = embed(session, tokenizer, texts, progress=what)
         return pairwise_cos_sim(*(torch.from_numpy(embeddings[side]) for side in rows)).numpy()
 
     expected = cosines(reference)
@@ -175,10 +177,10 @@ def file_row(name: str, path: Path) -> dict:
 
 
 def file_encoder(path: Path, tokenizer: Tokenizer, prompt: str) -> Encode:
-    """Returns a function of sentences and batch size that gives an exported file's embeddings."""
+    """Returns a function of sentences, batch size and a bar's label that gives embeddings."""
     session = onnxruntime.InferenceSession(path)
-    return lambda sentences, batch_size: embed(
-        session, tokenizer, [prompt + sentence for sentence in sentences], batch_size
+    return lambda sentences, batch_size, progress: embed(
+        session, tokenizer, [prompt + sentence for sentence in sentences], batch_size, progress
     )
 
 
@@ -187,7 +189,7 @@ def score_rows(rows: list[dict], encoders: list[Encode], test: pd.DataFrame) -> 
     sentences, pairs = distinct_sentences(test)
     resampled, scores = [], test["score"].to_numpy()
     for row, encode in zip(rows, encoders, strict=True):
-        pair = encode(sentences, 32)[pairs]
+        pair = encode(sentences, 32, row["encoder"])[pairs]
         row["cosine_spearman"] = correlations(*pair, scores)["cosine_spearman"]
         resampled.append(bootstrap(*pair, scores)["cosine_spearman"])
         row["lost"] = rows[0]["cosine_spearman"] - row["cosine_spearman"]

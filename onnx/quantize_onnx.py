@@ -21,11 +21,12 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from common.exported import feed
 
 SMOOTHING = (0.6, 0.7, 0.8, 0.9)  # shares of the outliers that may go to the weights
-CUTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # parts of the range seen that may be kept
+CUTS = (0.9, 0.8, 0.7, 0.6)  # parts of the range seen that may be kept
 SMALLEST = 1e-5  # channels that calibration sees at rest
 ACCEPTED = 0.1  # points of dev that int8 may be expected to lose before layers stay in float32
 LARGEST = 0.3  # of the float32 file
@@ -85,7 +86,7 @@ def calibrate(path: Path, tokenizer: Tokenizer, sentences: Sequence[str]) -> dic
     lows, highs, rows = {}, {}, collections.defaultdict(list)
     starts = range(0, len(sentences), BATCH)
     of_a_batch = -(-ROWS // len(starts))
-    for start in starts:
+    for start in tqdm(starts, desc="calibrating", unit=" batches"):
         feeds = feed(session, tokenizer.encode_batch(sentences[start : start + BATCH]))
         for name, values in zip(names, session.run(names, feeds), strict=True):
             lows[name] = np.minimum(lows.get(name, np.inf), values.min(axis=0))
@@ -121,6 +122,7 @@ def least_error(seen: Activations, weights: np.ndarray) -> Rounding:
     outliers = np.maximum(np.maximum(-seen.low, seen.high), SMALLEST)
     largest = np.maximum(np.abs(weights).max(axis=0), SMALLEST)
     expected, tiny = seen.rows @ weights.T, np.finfo(np.float32).tiny
+    variance = max(expected.var(axis=0).sum(), tiny)
     rounded_weights: dict[float, np.ndarray] = {}
 
     def tried(share: float, cut: float) -> Rounding:
@@ -132,12 +134,12 @@ def least_error(seen: Activations, weights: np.ndarray) -> Rounding:
             values, scales = int8_weights(weights * smoothing, np.full(len(weights), tiny))
             rounded_weights[share] = (values * scales[:, None]).T
         rows = (np.clip(np.round(seen.rows / smoothing / scale) + zero, 0, 255) - zero) * scale
-        change = (rows @ rounded_weights[share] - expected).var(axis=0).sum()
-        noise = float(change / max(expected.var(axis=0).sum(), tiny))
+        noise = float((rows @ rounded_weights[share] - expected).var(axis=0).sum() / variance)
         return Rounding(smoothing, scale, zero, rows, noise)
 
-    share = min(SMOOTHING, key=lambda share: tried(share, 1).noise)
-    return min((tried(share, cut) for cut in CUTS), key=lambda found: found.noise)
+    uncut = {share: tried(share, 1) for share in SMOOTHING}
+    share = min(uncut, key=lambda share: uncut[share].noise)
+    return min([uncut[share], *(tried(share, cut) for cut in CUTS)], key=lambda found: found.noise)
 
 
 def weight_bytes(proto: onnx.ModelProto) -> int:
@@ -299,7 +301,7 @@ def choose_int8(
     weights = {item.name: numpy_helper.to_array(item) for item in proto.graph.initializer}
     roundings = {
         name: least_error(seen[name], np.concatenate([weights[node.input[1]] for node in nodes]))
-        for name, nodes in layers.items()
+        for name, nodes in tqdm(layers.items(), desc="int8 ranges", unit=" tensors")
     }
     noisiest = sorted(roundings, key=lambda name: -roundings[name].noise)
     best, count = None, 0

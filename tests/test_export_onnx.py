@@ -86,7 +86,10 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def export(tmp_path, monkeypatch, capsys):
-    """Runs the command line in this process; returns exit status and stderr, stdout in .out."""
+    """Runs the command line in this process; returns its exit status and stderr's errors.
+
+    All of stdout and stderr are its .out and .err.
+    """
 
     def call(model: object, *arguments: object, output: Path = tmp_path / "out/tiny.onnx"):
         command = ["export_onnx.py", "--model", model, "--output", output, *arguments]
@@ -104,8 +107,8 @@ def export(tmp_path, monkeypatch, capsys):
             status = exit.code if isinstance(exit.code, int) else 1
             if isinstance(exit.code, str):
                 print(exit.code, file=sys.stderr)
-        call.out, err = capsys.readouterr()
-        return status, [line for line in err.splitlines() if line.startswith("error")]
+        call.out, call.err = capsys.readouterr()
+        return status, [line for line in call.err.splitlines() if line.startswith("error")]
 
     call.first_embeddings = False
     return call
@@ -597,7 +600,9 @@ def test_what_is_expected_to_be_lost_is_what_changes_cosines_at_random(tmp_path,
         found[noisy] = np.empty((4000, 2))
         found[noisy][rows] = vectors(np.arccos(values))
     monkeypatch.setattr(measure_onnx.onnxruntime, "InferenceSession", lambda model: model)
-    monkeypatch.setattr(measure_onnx, "embed", lambda model, *_: found[isinstance(model, bytes)])
+    monkeypatch.setattr(
+        measure_onnx, "embed", lambda model, *_, **__: found[isinstance(model, bytes)]
+    )
     lose = measure_onnx.expected_loss(None, tmp_path, pairs, "")
     before, after = (spearmanr(values, pairs["score"]).statistic for values in cosines.values())
     assert lose(onnx.ModelProto()) == pytest.approx(100 * (before - after), abs=1)
@@ -649,9 +654,9 @@ def test_what_is_lost_is_the_first_files_score_less_the_files(tmp_path):
         vectors[second] = score * vectors[first] + (1 - score) * vectors[second]
 
     def encoder(noise: float) -> measure_onnx.Encode:
-        return lambda texts, _: np.stack([vectors[t] + noise * others[t] for t in texts])
+        return lambda texts, *_: np.stack([vectors[t] + noise * others[t] for t in texts])
 
-    rows = [{}, {}]
+    rows = [{"encoder": "one"}, {"encoder": "other"}]
     measure_onnx.score_rows(rows, [encoder(0), encoder(2)], test)
     one, other = (row["cosine_spearman"] for row in rows)
     assert one > 0.9 > other
@@ -672,6 +677,8 @@ def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_pat
         export.out,
     )
     assert not (tmp_path / "results").exists()
+    for stage in ("calibrating", "fp32, dev", "int8 ranges", "int8, dev", "ONNX fp32", "ONNX int8"):
+        assert f"{stage}: 100%" in export.err, stage  # each takes a minute for a large model
 
 
 def test_int8_is_the_same_bytes_twice(tmp_path, bert, export):
