@@ -16,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from common.packing import FAMILIES
 
+MOST_SHAPES = 32  # each takes half a second to record, and memory for what goes in and comes out
+
 
 class Captured(NamedTuple):
     """The graphs for rows of one shape, and the tensors that they read and write."""
@@ -47,12 +49,18 @@ class Graphs:
         )
         self.in_use = False
 
-    def compute(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Returns the layers' output, (R, W, hidden), of as many rows and their mask."""
+    def compute(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """Returns the layers' output, (R, W, hidden), of as many rows and their mask.
+
+        None where the graphs are in use, or are as many as there may be.
+        """
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = (hidden.shape, hidden.dtype, mask.dtype, half)
+        is_new = key not in self.captured
+        if self.in_use or (is_new and len(self.captured) == MOST_SHAPES):
+            return None
         self.in_use = True
-        if key not in self.captured:
+        if is_new:
             self.captured[key] = self.capture(hidden, mask)
         captured = self.captured[key]
         return Replay.apply(self, captured, hidden, mask, *self.parameters.values())
@@ -151,9 +159,10 @@ def use_graphs(model: SentenceTransformer) -> None:
     ) -> Any:
         # Only packed rows have a mask of numbers.
         packed = attention_mask is not None and attention_mask.is_floating_point()
-        if not packed or not layers.training or not torch.is_grad_enabled() or graphs.in_use:
-            return layers_forward(hidden_states, attention_mask=attention_mask, **options)
-        output = graphs.compute(hidden_states, attention_mask)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+        if packed and layers.training and torch.is_grad_enabled():
+            output = graphs.compute(hidden_states, attention_mask)
+            if output is not None:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+        return layers_forward(hidden_states, attention_mask=attention_mask, **options)
 
     layers.forward = forward

@@ -20,6 +20,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from common import graphs
 from common.batches import shuffled_batches
 from common.data import read_korsts
 from common.encoders import load_encoder
@@ -153,3 +154,30 @@ def test_what_is_not_packed_says_so_and_keeps_its_forward(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: {config.model_type} trains with padding: only bert, ")
     assert "forward" not in vars(model[0].model)
+
+
+def test_graphs_take_few_shapes_and_one_forward_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what is recorded and replayed is tests/test_gpu.py's."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs.Graphs, "capture", lambda self, hidden, mask: len(self.captured))
+    monkeypatch.setattr(graphs.Replay, "apply", lambda graphs, captured, *_: captured)
+    monkeypatch.setattr(graphs, "MOST_SHAPES", 2)
+    found = graphs.Graphs(torch.nn.Linear(2, 2))
+
+    def compute(rows: int, dtype: torch.dtype = torch.float32) -> int | None:
+        return found.compute(torch.zeros(rows, 4, 2), torch.zeros(rows, 1, 4, 4, dtype=dtype))
+
+    assert compute(1) == 0
+    assert compute(1) is None  # its backward is still to come
+    found.in_use = False
+    assert compute(1, torch.bfloat16) == 1
+    found.in_use = False
+    assert compute(2) is None  # a third shape
+    assert compute(1) == 0
+
+
+def test_without_a_gpu_there_are_no_graphs(tmp_path: Path) -> None:
+    model = load_encoder(str(write_family(tmp_path, BertConfig(**CONFIG))), 48, device="cpu")
+    pack_sentences(model)
+    graphs.use_graphs(model)
+    assert "forward" not in vars(model[0].model.encoder)
