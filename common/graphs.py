@@ -1,7 +1,7 @@
 """CUDA graphs of an encoder's layers (on a GPU).
 
-A step of these recipes gives a GPU some 1,500 small kernels, and starting them one by one from
-Python takes longer than they do. A graph starts all of a forward's, or of a backward's, at once
+A step of these recipes gives a GPU many small kernels, and starting them one by one from Python
+takes longer than they do. A graph starts all of a forward's, or of a backward's, at once
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
@@ -14,9 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from common.packing import FAMILIES
-
-MOST_SHAPES = 32  # each takes half a second to record, and memory for what goes in and comes out
+MOST_SHAPES = 32  # each takes time to record, and memory for what goes in and comes out
 
 
 class Captured(NamedTuple):
@@ -43,6 +41,7 @@ class Graphs:
         self.parameters = {name: p for name, p in layers.named_parameters() if p.requires_grad}
         self.captured: dict[tuple[Any, ...], Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # one: for each, libraries keep memory of their own
         # All gradients of the parameters: every backward graph writes them here.
         self.gradients = torch.cat(
             [torch.zeros_like(p).flatten() for p in self.parameters.values()]
@@ -54,12 +53,11 @@ class Graphs:
 
         None where the graphs are in use, or are as many as there may be.
         """
-        half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (hidden.shape, hidden.dtype, mask.dtype, half)
+        key = (hidden.shape, hidden.dtype, mask.dtype, torch.is_autocast_enabled("cuda"))
         is_new = key not in self.captured
         if self.in_use or (is_new and len(self.captured) == MOST_SHAPES):
             return None
-        self.in_use = True
+        self.in_use = True  # recording runs the layers, which ask here again
         if is_new:
             self.captured[key] = self.capture(hidden, mask)
         captured = self.captured[key]
@@ -68,14 +66,14 @@ class Graphs:
     def capture(self, hidden: torch.Tensor, mask: torch.Tensor) -> Captured:
         """Records a forward and its backward; random numbers are drawn as if it had not."""
         random_state = torch.cuda.get_rng_state()
-        hidden, mask, stream = hidden.detach().clone(), mask.clone(), torch.cuda.Stream()
+        hidden, mask = hidden.detach().clone(), mask.clone()
 
         def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
             """Returns the output, and what has gradients: leaves that no other stream has used."""
             leaves = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
             start = hidden.detach().requires_grad_()
-            options = {"attention_mask": mask}
-            output = torch.func.functional_call(self.layers, leaves, (start,), options)
+            named = {"attention_mask": mask}
+            output = torch.func.functional_call(self.layers, leaves, (start,), named)
             return output.last_hidden_state, [start, *leaves.values()]
 
         # A cache of weights in half precision would outlive the step that they are of.
@@ -85,12 +83,12 @@ class Graphs:
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         ):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what libraries set up at a first call
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # what libraries set up at a first call
                 for _ in range(2):
                     output, leaves = forward()
                     torch.autograd.grad(output, leaves, torch.zeros_like(output))
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             # Other threads, such as the one that pins batches, may go on meanwhile.
             options = {"pool": self.pool, "capture_error_mode": "thread_local"}
@@ -139,16 +137,16 @@ class Replay(torch.autograd.Function):
 
 
 def use_graphs(model: SentenceTransformer) -> None:
-    """Has the encoder's layers replay graphs where they train on packed rows.
+    """Has the layers of a packed encoder (`pack_sentences`) replay graphs where they train.
 
-    On one GPU, for losses that run one forward a step. Each shape of rows is recorded when it first
-    comes, in about half a second.
+    On one GPU, for losses that run one forward a step. The first `MOST_SHAPES` shapes of rows are
+    recorded, each when it first comes; others run without graphs.
     """
     encoder = model[0].model
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if encoder.device.type != "cuda" or several or encoder.config.model_type not in FAMILIES:
+    layers, packed = getattr(encoder, "encoder", None), "forward" in vars(encoder)
+    if encoder.device.type != "cuda" or several or layers is None or not packed:
         return
-    layers = encoder.encoder
     if "forward" in vars(layers):
         return  # they do: a model's second loss
     graphs, layers_forward = Graphs(layers), layers.forward
@@ -157,9 +155,8 @@ def use_graphs(model: SentenceTransformer) -> None:
     def forward(
         hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
     ) -> Any:
-        # Only packed rows have a mask of numbers.
-        packed = attention_mask is not None and attention_mask.is_floating_point()
-        if packed and layers.training and torch.is_grad_enabled():
+        in_rows = attention_mask is not None and attention_mask.is_floating_point()
+        if in_rows and layers.training and torch.is_grad_enabled():
             output = graphs.compute(hidden_states, attention_mask)
             if output is not None:
                 return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)

@@ -83,7 +83,8 @@ def cost(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
     """Returns what something cost, as run.json keeps it: seconds, rounded to hundredths.
 
     CPU seconds are those of all threads; peak_memory_mb (2^20) is the most that the process has
-    had until now, peak_gpu_memory_mb the same of what its tensors took of the GPU, where CUDA is.
+    had until now. Where CUDA is, peak_gpu_memory_mb is the most that its tensors took of the GPU,
+    peak_gpu_reserved_mb that with what torch kept for later ones and for graphs: what has to fit.
     """
     figures = {
         "wall_seconds": round(wall_seconds, 2),
@@ -92,6 +93,7 @@ def cost(wall_seconds: float, cpu_seconds: float) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         figures["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
+        figures["peak_gpu_reserved_mb"] = torch.cuda.max_memory_reserved() // 2**20
     return figures
 
 

@@ -116,6 +116,9 @@ def pack_sentences(model: SentenceTransformer) -> None:
     family, on_cpu = encoder.config.model_type, encoder.device.type == "cpu"
     if encoder.device.type not in ("cpu", "cuda"):
         return
+    kind = type(encoder)
+    if not kind.__module__.startswith("transformers."):
+        family = f"{kind.__name__}, code of its own,"  # it may call itself bert
     if family not in FAMILIES or getattr(encoder.config, "is_decoder", False):
         print(
             f"note: {family} trains with padding: only {', '.join(FAMILIES)} train without",
@@ -138,7 +141,8 @@ def pack_sentences(model: SentenceTransformer) -> None:
             return padded_forward(**inputs)
         # Below: S sentences padded to L tokens come in, R rows of W places go through the encoder.
         device = inputs["attention_mask"].device
-        mask = inputs["attention_mask"].cpu().bool()  # (S, L); all places are found on the CPU
+        # (S, L). All places are found on the CPU: of a GPU this waits for what it was given before.
+        mask = inputs["attention_mask"].cpu().bool()
         if not mask[:, 0].all() or (mask[:, 1:] > mask[:, :-1]).any():  # not padded on the right
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
@@ -158,7 +162,7 @@ def pack_sentences(model: SentenceTransformer) -> None:
         owner = lay(torch.arange(len(lengths))[:, None], -1)
         source = lay(torch.arange(mask.numel()).view_as(mask), 0)
         found = owner, source, lay(column + offset, offset), tokens, places
-        if not on_cpu:  # one copy that nothing waits for
+        if not on_cpu:  # in one copy
             sizes = [len(values) for values in found]
             found = torch.cat(found).pin_memory().to(device, non_blocking=True).split(sizes)
         owner, source, positions, tokens, places = found

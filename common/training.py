@@ -96,6 +96,8 @@ def recipe_loss(
 ) -> torch.nn.Module:
     """Makes the loss take one forward, and count at each of --matryoshka_dims where given.
 
+    On one GPU the model's layers then replay graphs (`use_graphs`).
+
     Args:
         loss: one that `takes_embeddings`; any other of sentence-transformers keeps its forwards.
         gather: the loss is to see the whole batch where several processes share it, and does not
@@ -263,7 +265,7 @@ class RecipeTrainer(SentenceTransformerTrainer):
     def check_losses(self) -> None:
         """Raises `FloatingPointError` that names the first batch whose loss is not finite.
 
-        Of all steps since the last call: each look at a loss would have the GPU waited for.
+        Of all steps since the last call: each look at a loss would wait for that step's backward.
         """
         unchecked, self.unchecked = self.unchecked, []
         losses = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
@@ -347,6 +349,13 @@ def recipe_trainer(
         dataloader_num_workers=2 * (torch.cuda.is_available() and get_start_method() == "fork"),
         report_to=["tensorboard"],
     )
+    if arguments.n_gpu > 1:
+        print(
+            f"note: one of {arguments.n_gpu} GPUs trains; for all of them: "
+            f"torchrun --nproc_per_node {arguments.n_gpu} {shlex.join(sys.argv)}",
+            file=sys.stderr,
+        )
+        arguments._n_gpu = 1  # transformers would split each batch among threads
     return RecipeTrainer(
         model=model,
         args=arguments,

@@ -11,9 +11,10 @@ Each recipe's script runs in a process of its own, with its own options and its 
 stopped behind --steps steps. Kept are the start (from the process's to the first step's, without
 the dev score between), steps a second, a dev score, a checkpoint, memory; the hours of the whole
 recipe are reckoned from these, without the test score. The first tenth of the steps, on a GPU the
-first third (kernels and graphs are set up), is not counted. On a GPU in fp32, bf16 and tf32 (no
-option of the scripts: here it is torch.set_float32_matmul_precision("high"), in dev scores too),
-and beside STS and NLI sentence-transformers' own trainer, which pads column by column.
+first third (kernels and graphs are set up), counts once and not for each step. On a GPU in fp32,
+bf16 and tf32 (no option of the scripts: here it is torch.set_float32_matmul_precision("high"), in
+dev scores too), and beside STS and NLI sentence-transformers' own trainer, which pads column by
+column.
 
 --whole_v2 trains ko-sroberta-v2 to its end, then its STS stage again, killed in its middle and
 resumed: both must end with the same weights. Everything goes to size.json beside this script, where
@@ -104,14 +105,19 @@ class Clock(TrainerCallback):
     def __init__(self, steps: int, trainer: Any = None) -> None:
         self.steps, self.trainer, self.found = steps, trainer, {}
         self.first = steps // (3 if torch.cuda.is_available() else 10)
-        self.begin = self.end = self.evaluated = self.pauses = 0.0
+        self.begin = self.end = self.evaluated = self.pauses = self.first_began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0 and self.trainer:
             begun = psutil.Process().create_time() + self.trainer.points.dev.wall_seconds
             self.found["start_seconds"] = time.time() - begun
+        if state.global_step == 0:
+            self.first_began = now()
         if state.global_step == self.first:
-            self.begin, self.pauses = now(), 0.0
+            self.begin = now()
+            warm_up = self.begin - self.first_began - self.pauses
+            self.found |= {"warm_up_steps": self.first, "warm_up_seconds": warm_up}
+            self.pauses = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_last = state.global_step == self.steps
@@ -231,6 +237,7 @@ def measure(recipe: str, precision: str, steps: int, folder: Path) -> dict[str, 
     seconds = row["start_seconds"] + plan["steps"] / row["steps_a_second"]
     seconds += plan["dev_scores"] * dev_seconds + plan["checkpoints"] * row["checkpoint_seconds"]
     seconds += row["reading_back_and_saving_seconds"]
+    seconds += max(0, row["warm_up_seconds"] - row["warm_up_steps"] / row["steps_a_second"])
     return row | {"hours_of_the_whole_recipe": seconds / 3600}
 
 

@@ -119,7 +119,9 @@ def test_bf16_differs_by_its_rounding(tmp_path: Path, captures: list[torch.Size]
     assert actual == pytest.approx(expected, abs=2e-2)
 
 
-def test_every_replay_draws_dropout_anew_from_the_seed(tmp_path: Path) -> None:
+def test_every_replay_draws_dropout_anew_from_the_seed(
+    tmp_path: Path, captures: list[torch.Size]
+) -> None:
     model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.3)
     features, labels = batches(model, 1)[0]
     loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
@@ -142,9 +144,40 @@ def test_every_replay_draws_dropout_anew_from_the_seed(tmp_path: Path) -> None:
     torch.cuda.set_rng_state(state)  # as --resume does
     again = loss([dict(column) for column in features], labels)
     assert again.item() == following.item()
+    assert len(captures) == 1
 
 
-def test_a_second_forward_before_the_backward_runs_without_graphs(tmp_path: Path) -> None:
+def test_a_backward_drops_what_its_forward_dropped(
+    tmp_path: Path, captures: list[torch.Size]
+) -> None:
+    """Against the slope of the loss along a direction, with the same draws at both ends."""
+    model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.3)
+    features, labels = batches(model, 1)[0]
+    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
+    weights = [p for p in model[0].model.encoder.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=generator).to(p.device) for p in weights]
+
+    def value(way: float) -> torch.Tensor:
+        torch.cuda.manual_seed(7)
+        with torch.no_grad():
+            for p, step in zip(weights, direction, strict=True):
+                p.add_(step, alpha=way)
+        found = loss([dict(column) for column in features], labels)
+        found.backward()
+        return found.detach().double()
+
+    value(0.0)
+    slope = sum((p.grad * step).sum() for p, step in zip(weights, direction, strict=True))
+    length = 1e-3
+    rise = value(length) - value(-2 * length)
+    assert slope.item() == pytest.approx(rise.item() / (2 * length), rel=0.05)
+    assert len(captures) == 1
+
+
+def test_a_second_forward_before_the_backward_runs_without_graphs(
+    tmp_path: Path, captures: list[torch.Size]
+) -> None:
     def gradients(packed: bool) -> list[torch.Tensor]:
         model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.0, packed)
         (features, labels), *_ = batches(model, 1)
@@ -155,6 +188,7 @@ def test_a_second_forward_before_the_backward_runs_without_graphs(tmp_path: Path
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    assert len(captures) == 1  # the first column's
 
 
 def test_scoring_runs_without_graphs(tmp_path: Path, captures: list[torch.Size]) -> None:

@@ -189,7 +189,9 @@ def test_a_cost_has_the_gpus_memory_where_there_is_one(monkeypatch: pytest.Monke
         assert "peak_gpu_memory_mb" not in machine.cost(1.0, 1.0)
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(machine.torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
-    assert machine.cost(1.0, 1.0)["peak_gpu_memory_mb"] == 3
+    monkeypatch.setattr(machine.torch.cuda, "max_memory_reserved", lambda: 5 * 2**20)
+    found = machine.cost(1.0, 1.0)
+    assert (found["peak_gpu_memory_mb"], found["peak_gpu_reserved_mb"]) == (3, 5)
 
 
 def test_the_table_says_what_was_not_measured(tmp_path: Path) -> None:

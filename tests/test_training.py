@@ -17,7 +17,7 @@ from encoders import edit_json
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
-from common import checkpoints, machine
+from common import checkpoints, machine, training
 from common.checkpoints import last_checkpoint
 from common.data import read_korsts
 from common.encoders import default_prompt, load_encoder
@@ -144,6 +144,25 @@ def test_bf16_trains_and_is_scored_in_fp32(encoder: Path, tmp_path: Path) -> Non
         assert dev(load_encoder(str(folder))) == pytest.approx(scores["dev"], abs=1e-6)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_of_several_gpus_one_trains_and_says_so(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, post_init = [], training.SentenceTransformerTrainingArguments.__post_init__
+
+    def with_two_gpus(self: training.SentenceTransformerTrainingArguments) -> None:
+        post_init(self)
+        self._n_gpu = 2
+        found.append(self)
+
+    monkeypatch.setattr(
+        training.SentenceTransformerTrainingArguments, "__post_init__", with_two_gpus
+    )
+    done = run("training_sts.py", encoder, "--run_dir", tmp_path / "run", "--max_steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert "note: one of 2 GPUs trains; for all of them: torchrun --nproc_per_node" in done.stderr
+    assert found[0].n_gpu == 1
 
 
 def test_a_prompt_is_trained_with_and_declared(encoder: Path, tmp_path: Path) -> None:
