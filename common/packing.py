@@ -147,21 +147,19 @@ def pack_sentences(model: SentenceTransformer) -> None:
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
         width, count, first = lay_in_rows(lengths, *(() if on_cpu else GPU_STEPS))
-        column = torch.arange(mask.shape[1])  # (L,)
-        tokens = mask.flatten().nonzero()[:, 0]  # (T,): each token's place among S * L
-        places = (torch.tensor(first)[:, None] + column)[mask]  # (T,): its place among R * W
+        sentence, column = mask.nonzero(as_tuple=True)  # of each token, (T,)
+        tokens = sentence * mask.shape[1] + column  # its place among S * L
+        places = torch.tensor(first)[sentence] + column  # and among R * W
 
         def lay(values: torch.Tensor, empty: int) -> torch.Tensor:
-            """Lays values that expand to (S, L) into rows, (R * W,)."""
+            """Lays the tokens' values, (T,), into rows, (R * W,)."""
             rows = torch.full((count * width,), empty)
-            rows[places] = values.expand_as(mask)[mask]
+            rows[places] = values
             return rows
 
         # Whose token each place holds. Empty places are one owner's, -1, and see each other: a
         # place that saw nothing would be a softmax over nothing. No token sees them.
-        owner = lay(torch.arange(len(lengths))[:, None], -1)
-        source = lay(torch.arange(mask.numel()).view_as(mask), 0)
-        found = owner, source, lay(column + offset, offset), tokens, places
+        found = lay(sentence, -1), lay(tokens, 0), lay(column + offset, offset), tokens, places
         if not on_cpu:  # in one copy
             sizes = [len(values) for values in found]
             found = torch.cat(found).pin_memory().to(device, non_blocking=True).split(sizes)

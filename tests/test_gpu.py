@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,18 +120,24 @@ def test_bf16_differs_by_its_rounding(tmp_path: Path, captures: list[torch.Size]
     assert actual == pytest.approx(expected, abs=2e-2)
 
 
+def first_batch(folder: Path) -> tuple[SentenceTransformer, Callable[[], torch.Tensor]]:
+    """Returns a model with dropout, and a function that returns the loss of its first batch."""
+    model = gpu_model(folder, BertConfig(**SHAPE), 0.3)
+    features, labels = batches(model, 1)[0]
+    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
+    return model, lambda: loss([dict(column) for column in features], labels)
+
+
 def test_every_replay_draws_dropout_anew_from_the_seed(
     tmp_path: Path, captures: list[torch.Size]
 ) -> None:
-    model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.3)
-    features, labels = batches(model, 1)[0]
-    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
+    _, loss = first_batch(tmp_path / "model")
 
     def three() -> list[float]:
         torch.cuda.manual_seed(7)
         found = []
         for _ in range(3):
-            value = loss([dict(column) for column in features], labels)
+            value = loss()
             value.backward()
             found.append(value.item())
         return found
@@ -139,11 +146,10 @@ def test_every_replay_draws_dropout_anew_from_the_seed(
     assert len(set(recording)) == 3
     assert three() == recording
     state = torch.cuda.get_rng_state()
-    following = loss([dict(column) for column in features], labels)
+    following = loss()
     following.backward()
     torch.cuda.set_rng_state(state)  # as --resume does
-    again = loss([dict(column) for column in features], labels)
-    assert again.item() == following.item()
+    assert loss().item() == following.item()
     assert len(captures) == 1
 
 
@@ -151,26 +157,25 @@ def test_a_backward_drops_what_its_forward_dropped(
     tmp_path: Path, captures: list[torch.Size]
 ) -> None:
     """Against the slope of the loss along a direction, with the same draws at both ends."""
-    model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.3)
-    features, labels = batches(model, 1)[0]
-    loss = OneForward(model, CosineSimilarityLoss(model), gather=False)
-    weights = [p for p in model[0].model.encoder.parameters()]
+    model, loss = first_batch(tmp_path / "model")
+    weights = list(model[0].model.encoder.parameters())
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=generator).to(p.device) for p in weights]
 
-    def value(way: float) -> torch.Tensor:
+    def moved(way: float) -> torch.Tensor:
+        """Returns the loss after a step of that length, always with the same draws."""
         torch.cuda.manual_seed(7)
         with torch.no_grad():
             for p, step in zip(weights, direction, strict=True):
                 p.add_(step, alpha=way)
-        found = loss([dict(column) for column in features], labels)
-        found.backward()
-        return found.detach().double()
+        value = loss()
+        value.backward()
+        return value.detach().double()
 
-    value(0.0)
+    moved(0.0)
     slope = sum((p.grad * step).sum() for p, step in zip(weights, direction, strict=True))
     length = 1e-3
-    rise = value(length) - value(-2 * length)
+    rise = moved(length) - moved(-2 * length)
     assert slope.item() == pytest.approx(rise.item() / (2 * length), rel=0.05)
     assert len(captures) == 1
 

@@ -161,7 +161,7 @@ def test_what_is_not_packed_says_so_and_keeps_its_forward(
 
 
 def test_code_that_calls_itself_bert_trains_with_padding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_encoder(str(write_family(tmp_path, BertConfig(**CONFIG))), 48, device="cpu")
     encoder = model[0].model
