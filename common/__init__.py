@@ -11,7 +11,7 @@ A room may import those above it in this list, never one below (tests/test_house
     exported        an exported .onnx file as an encoder
     scoring         pairs of sentences encoded and scored
     splits          what a recipe trains on and is scored on: joined, split, what they share
-    batches         orders of rows: shuffled, without duplicates, shared among processes
+    batches         orders of rows: shuffled, without duplicates, shared; batches on their way
     dropout         its draws on a CPU
     packing         one forward without padding for all columns of a batch
     graphs          an encoder's layers as CUDA graphs

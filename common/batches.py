@@ -1,20 +1,29 @@
-"""Orders of rows: shuffled, without duplicates, shared among processes.
+"""Orders of rows: shuffled, without duplicates, shared among processes; and batches on their way.
 
-A batch is a list of row numbers. What a row holds is the recipe's business.
+In an order a batch is a list of row numbers. What a row holds is the recipe's business.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from multiprocessing import get_start_method
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from sentence_transformers.sentence_transformer.data_collator import (
+    SentenceTransformerDataCollator,
+)
 
 from common.command_line import UserError
+
+MASK = "attention_mask"
+HOST_MASK = "attention_mask_on_host"  # of a GPU's batch, the same as the CPU has it
 
 
 def shuffled_batches(
@@ -77,3 +86,48 @@ def share(batches: Iterable[list[int]], offset: int, world_size: int) -> Iterato
         size = len(batch) // world_size
         for rank in range(world_size):
             yield [offset + row for row in batch[rank * size : (rank + 1) * size]]
+
+
+def tokenizing_processes() -> int:
+    """Returns how many processes are to tokenize beside a GPU's steps: none without a GPU.
+
+    By forks alone: others would be sent the model. One takes several of a GPU's steps for a batch,
+    so that half of the cores do it, but two at least and no more than eight.
+    """
+    if not torch.cuda.is_available() or get_start_method() != "fork":
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(2, cores // 2), 8)
+
+
+class ArrayCollator(SentenceTransformerDataCollator):
+    """Tokenizes batches to arrays, which a process that does it sends through a pipe.
+
+    Tensors would come one by one, each over a connection of its own, and hold the GPU's process up.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(features)
+        return {
+            name: value.numpy() if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+
+def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool) -> dict[str, Any]:
+    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for a GPU.
+
+    Args:
+        masks_on_host: a GPU's batch also has each attention mask as `HOST_MASK`, on the CPU.
+    """
+    moved = dict(batch)
+    for name, array in batch.items():
+        if not isinstance(array, np.ndarray):
+            continue
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            if name.endswith(MASK) and masks_on_host:
+                moved[name.removesuffix(MASK) + HOST_MASK] = tensor
+            tensor = tensor.pin_memory()
+        moved[name] = tensor.to(device, non_blocking=True)
+    return moved

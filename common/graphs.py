@@ -8,11 +8,14 @@ takes longer than they do. A graph starts all of a forward's, or of a backward's
 from __future__ import annotations
 
 import functools
+import gc
 from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from common.packing import is_packed
 
 MOST_SHAPES = 32  # each takes time to record, and memory for what goes in and comes out
 
@@ -90,14 +93,20 @@ class Graphs:
                     torch.autograd.grad(output, leaves, torch.zeros_like(output))
             torch.cuda.current_stream().wait_stream(self.stream)
             graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            # Other threads, such as the one that pins batches, may go on meanwhile.
+            # Other threads may go on meanwhile; graphs of a model that is no more may not be freed.
             options = {"pool": self.pool, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graphs[0], **options):
-                output, leaves = forward()
-            output_gradient = torch.zeros_like(output)
-            with torch.cuda.graph(graphs[1], **options):
-                hidden_gradient, *others = torch.autograd.grad(output, leaves, output_gradient)
-                torch.cat([gradient.flatten() for gradient in others], out=self.gradients)
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                with torch.cuda.graph(graphs[0], **options):
+                    output, leaves = forward()
+                output_gradient = torch.zeros_like(output)
+                with torch.cuda.graph(graphs[1], **options):
+                    hidden_gradient, *others = torch.autograd.grad(output, leaves, output_gradient)
+                    torch.cat([gradient.flatten() for gradient in others], out=self.gradients)
+            finally:
+                if collects:
+                    gc.enable()
         torch.cuda.set_rng_state(random_state)
         return Captured(
             *graphs, hidden, mask, output.detach(), output_gradient.detach(), hidden_gradient
@@ -144,8 +153,8 @@ def use_graphs(model: SentenceTransformer) -> None:
     """
     encoder = model[0].model
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    layers, packed = getattr(encoder, "encoder", None), "forward" in vars(encoder)
-    if encoder.device.type != "cuda" or several or layers is None or not packed:
+    layers = getattr(encoder, "encoder", None)
+    if encoder.device.type != "cuda" or several or layers is None or not is_packed(model):
         return
     if "forward" in vars(layers):
         return  # they do: a model's second loss

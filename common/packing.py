@@ -20,6 +20,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.batches import HOST_MASK
 from common.dropout import draw_by_bytes, drop
 from common.encoders import first_position
 
@@ -137,12 +138,17 @@ def pack_sentences(model: SentenceTransformer) -> None:
 
     @functools.wraps(padded_forward)
     def packed_forward(**inputs: Any) -> Any:
+        host_mask = inputs.pop(HOST_MASK, None)
         if not encoder.training:
             return padded_forward(**inputs)
         # Below: S sentences padded to L tokens come in, R rows of W places go through the encoder.
         device = inputs["attention_mask"].device
-        # (S, L). All places are found on the CPU: of a GPU this waits for what it was given before.
-        mask = inputs["attention_mask"].cpu().bool()
+        # (S, L). All places are found on the CPU: without `HOST_MASK` this waits for all that a GPU
+        # was given before. A loss may have cut the other's columns.
+        mask = inputs["attention_mask"]
+        if host_mask is not None and host_mask.shape == mask.shape:
+            mask = host_mask
+        mask = mask.cpu().bool()
         if not mask[:, 0].all() or (mask[:, 1:] > mask[:, :-1]).any():  # not padded on the right
             return padded_forward(**inputs)
         lengths = mask.sum(1).tolist()
@@ -185,6 +191,11 @@ def pack_sentences(model: SentenceTransformer) -> None:
         return output
 
     encoder.forward = packed_forward
+
+
+def is_packed(model: SentenceTransformer) -> bool:
+    """Tells whether `pack_sentences` found an encoder that it can train without padding."""
+    return "forward" in vars(model[0].model)
 
 
 def takes_embeddings(loss: torch.nn.Module) -> bool:

@@ -13,7 +13,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import get_start_method
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,14 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from common.averaging import add_to_mean, try_means
+from common.batches import ArrayCollator, move_batch, tokenizing_processes
 from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
 from common.command_line import UserError, first_line
 from common.encoders import check_embeddings, default_prompt, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
 from common.graphs import use_graphs
 from common.machine import cost, cost_of, process_cost
-from common.packing import OneForward, pack_sentences, takes_embeddings
+from common.packing import OneForward, is_packed, pack_sentences, takes_embeddings
 from common.run_folder import Result, Run, Scores
 from common.scoring import PairsEvaluator
 from common.splits import say_unknown_tokens
@@ -215,6 +215,8 @@ class RecipeTrainer(SentenceTransformerTrainer):
     the mean of the last `keep_last` (with --early_stopping all of them stay).
     """
 
+    data_collator_class = ArrayCollator
+
     def __init__(
         self, batches: list[list[int]], keep_last: int, points: EvaluationPoints, **kwargs: Any
     ) -> None:
@@ -248,6 +250,9 @@ class RecipeTrainer(SentenceTransformerTrainer):
         self.check_losses()
         with self.as_saved():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return move_batch(inputs, self.args.device, masks_on_host=is_packed(self.model))
 
     def training_step(
         self,
@@ -344,9 +349,8 @@ def recipe_trainer(
         greater_is_better=True,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        # Sentences are tokenized beside the GPU's steps (by forks: others would be sent the model).
-        dataloader_num_workers=2 * (torch.cuda.is_available() and get_start_method() == "fork"),
+        dataloader_pin_memory=False,  # `move_batch` does: the library's thread gets in the way
+        dataloader_num_workers=tokenizing_processes(),
         report_to=["tensorboard"],
     )
     if arguments.n_gpu > 1:

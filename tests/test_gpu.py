@@ -1,21 +1,25 @@
-"""Training on a GPU: rows without padding, and graphs of the layers."""
+"""Training on a GPU: rows without padding, graphs of the layers, and the scripts whole."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from commands import SAMPLES
-from encoders import write_family
+from commands import SAMPLES, keep_every_checkpoint, run
+from encoders import edit_json, write_family
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from transformers import BertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig
 
-from common import graphs
+from common import graphs, training
 from common.batches import shuffled_batches
+from common.checkpoints import step_of
 from common.data import read_korsts
 from common.encoders import load_encoder
 from common.graphs import Graphs, use_graphs
@@ -200,3 +204,124 @@ def test_scoring_runs_without_graphs(tmp_path: Path, captures: list[torch.Size])
     model = gpu_model(tmp_path / "model", BertConfig(**SHAPE), 0.1)
     model.encode(["한 남자가 파스타를 먹는다."] * 3)
     assert not captures
+
+
+# Of the scripts: what is trained in which way, without dropout where two ways are compared.
+STS, NLI = ["training_sts.py"], ["training_nli.py", "--batch_size", 16]
+WITHOUT_DROPOUT = ["--attention_dropout", 0, "--hidden_dropout", 0]
+WAYS = {
+    "sts": STS,
+    "pearson": [*STS, "--loss", "pearson", "--batch_size", 32],
+    "nli": NLI,
+    "two batches a step": [*NLI, "--gradient_accumulation_steps", 2],
+    "matryoshka": [*NLI, "--matryoshka_dims", "32,16"],
+    "cached": [*NLI, "--mini_batch_size", 8],
+    "multi-task": ["training_multi-task.py", "--nli_batch_size", 8],
+}
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses of the scripts' steps."""
+    found, training_step = [], training.RecipeTrainer.training_step
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = training_step(*args, **kwargs)
+        found.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(training.RecipeTrainer, "training_step", noted)
+    return found
+
+
+def trained(encoder: Path, folder: Path, *options: object) -> str:
+    """Returns what a script says that trains eight steps."""
+    script, *rest = options
+    rest += ["--max_steps", 8, "--no_test", "--run_dir", folder]
+    done = run(script, encoder, *rest)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scripts_have_the_losses_that_padding_gives(
+    way: str,
+    encoder: Path,
+    tmp_path: Path,
+    losses: list[float],
+    captures: list[torch.Size],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = [*WAYS[way], *WITHOUT_DROPOUT, "--precision", "fp32"]
+    trained(encoder, tmp_path / "packed", *options)
+    assert bool(captures) == (way != "cached")
+    packed = [losses.pop() for _ in list(losses)]
+    recorded = len(captures)
+    monkeypatch.setattr(training, "pack_sentences", lambda model: None)
+    trained(encoder, tmp_path / "padded", *options)
+    assert len(captures) == recorded
+    assert packed == pytest.approx(losses[::-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("way", ["sts", "nli", "gist", "cached", "multi-task"])
+def test_the_scripts_train_in_half_precision(
+    way: str, precision: str, encoder: Path, tmp_path: Path, losses: list[float]
+) -> None:
+    gist = [*NLI, "--loss", "gist", "--guide", encoder]
+    options = [*(gist if way == "gist" else WAYS[way]), *WITHOUT_DROPOUT, "--precision"]
+    trained(encoder, tmp_path / precision, *options, precision)
+    half = [losses.pop() for _ in list(losses)]
+    trained(encoder, tmp_path / "fp32", *options, "fp32")
+    assert half == pytest.approx(losses[::-1], abs=3e-2)
+
+
+@pytest.mark.parametrize("way", ["pearson", "nli", "cached", "multi-task"])
+def test_a_resumed_run_goes_on_with_the_same_losses(
+    way: str,
+    encoder: Path,
+    tmp_path: Path,
+    losses: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With dropout: its draws go on where the checkpoint was written."""
+    keep_every_checkpoint(monkeypatch)
+    options = [*WAYS[way], "--precision", "fp32", "--save_steps", 4]
+    trained(encoder, tmp_path / "run", *options)
+    whole = losses[4:]
+    losses.clear()
+    for checkpoint in (tmp_path / "run/checkpoints").glob("checkpoint-*"):
+        if step_of(checkpoint) > 4:
+            shutil.rmtree(checkpoint)
+    for name in ("modules.json", "scores.json"):
+        (tmp_path / "run" / name).unlink()
+    edit_json(tmp_path / "run/run.json", finished=None)
+    said = trained(encoder, tmp_path / "run", *options, "--resume")
+    assert "checkpoint-4\n" in said
+    assert losses == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_batch_waits_for_nothing_on_its_way(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step does not wait for the GPU: not for a batch, nor for its layout, nor for its loss."""
+    step, waits = training.RecipeTrainer.training_step, []
+
+    def strict(self: training.RecipeTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        recorded = len(found)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                loss = step(self, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if len(found) == recorded:  # recording a graph waits
+            waits.append([str(one.message) for one in said if "synchronizing" in str(one.message)])
+        return loss
+
+    found, capture = [], Graphs.capture
+    monkeypatch.setattr(Graphs, "capture", lambda *args: found.append(1) or capture(*args))
+    monkeypatch.setattr(training.RecipeTrainer, "training_step", strict)
+    trained(encoder, tmp_path / "run", *NLI, "--precision", "bf16")
+    assert len(waits) > 2 and not any(waits[1:])
