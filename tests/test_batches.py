@@ -1,22 +1,37 @@
-"""Orders of rows."""
+"""Orders of rows, and batches on their way to the device."""
 
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from commands import SAMPLES
 
-from common.batches import no_duplicates_batches, share, shuffled_batches
+from common import batches
+from common.batches import (
+    HOST_MASK,
+    MASK,
+    ArrayCollator,
+    move_batch,
+    no_duplicates_batches,
+    share,
+    shuffled_batches,
+    tokenizing_processes,
+)
 from common.command_line import UserError
+from common.encoders import load_encoder
 from common.formats import read_nli_triplets
+from common.packing import pack_sentences
 
 
 def test_shuffled_batches_cover_every_row_each_pass_in_a_new_order() -> None:
-    batches = list(itertools.islice(shuffled_batches(21, 8, 777), 6))
-    assert [len(batch) for batch in batches] == [8, 8, 5, 8, 8, 5]
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    found = list(itertools.islice(shuffled_batches(21, 8, 777), 6))
+    assert [len(batch) for batch in found] == [8, 8, 5, 8, 8, 5]
+    first, second = sum(found[:3], []), sum(found[3:], [])
     assert sorted(first) == sorted(second) == list(range(21))
     assert first != second
     shared = list(itertools.islice(shuffled_batches(21, 8, 777, 2), 3))
@@ -27,15 +42,15 @@ def test_nli_batches_hold_no_text_twice_and_go_on_through_the_data() -> None:
     files = [SAMPLES / f"KorNLI/{name}" for name in
              ("multinli.train.ko.tsv", "snli_1.0_train.ko.tsv")]  # fmt: skip
     triplets, _ = read_nli_triplets(files, 777)
-    batches = list(itertools.islice(no_duplicates_batches(triplets, 16, 777), 30))
-    for batch in batches:
+    found = list(itertools.islice(no_duplicates_batches(triplets, 16, 777), 30))
+    for batch in found:
         texts = triplets.iloc[batch].to_numpy().ravel().tolist()
         assert len(batch) == 16
         assert len(set(texts)) == len(texts)
     per_pass = len(triplets) // 16
-    first_pass = sum(batches[:per_pass], [])
+    first_pass = sum(found[:per_pass], [])
     assert len(set(first_pass)) > 0.9 * len(first_pass)
-    assert batches[:per_pass] != batches[per_pass : 2 * per_pass]
+    assert found[:per_pass] != found[per_pass : 2 * per_pass]
 
 
 def test_texts_that_differ_in_case_and_spaces_alone_are_duplicates() -> None:
@@ -56,3 +71,58 @@ def test_data_too_small_for_one_batch_is_an_error() -> None:
 def test_shares_are_equal_and_make_up_the_batch() -> None:
     shares = list(share([[0, 1, 2, 3], [4, 5]], 100, 2))
     assert shares == [[100, 101], [102, 103], [104], [105]]
+
+
+def test_tokens_travel_as_arrays_and_arrive_as_tensors(encoder: Path) -> None:
+    model = load_encoder(str(encoder), 48, device="cpu")
+    rows = [
+        {"sentence1": "한 남자가 먹는다.", "sentence2": "여자가 파스타를 먹는다.", "label": 0.5},
+        {"sentence1": "먹는다.", "sentence2": "한 남자.", "label": 1.0},
+    ]
+    batch = ArrayCollator(preprocess_fn=model.preprocess)(rows)
+    assert not any(isinstance(value, torch.Tensor) for value in batch.values())
+    moved = move_batch(batch, torch.device("cpu"), masks_on_host=True)
+    assert moved.keys() == batch.keys()  # of a GPU alone
+    expected = model.preprocess([row["sentence2"] for row in rows])
+    for name in ("input_ids", MASK):
+        assert torch.equal(moved[f"sentence2_{name}"], expected[name])
+    assert moved["label"].tolist() == [0.5, 1.0]
+
+
+def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path) -> None:
+    model = load_encoder(str(encoder), 48, device="cpu").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    features = model.preprocess(["한 남자가 먹는다.", "먹는다."])
+    padded = model(dict(features))["sentence_embedding"]
+    pack_sentences(model)
+    mask = features[MASK]
+    for host_mask in (mask.clone(), torch.ones(2, mask.shape[1] + 3, dtype=mask.dtype)):
+        packed = model(features | {HOST_MASK: host_mask})["sentence_embedding"]
+        torch.testing.assert_close(packed, padded)
+    wrong = model(features | {HOST_MASK: torch.ones_like(mask)})["sentence_embedding"]
+    assert not torch.allclose(wrong, padded)  # it is what is used
+    with torch.no_grad():  # scoring drops it
+        model.eval()(features | {HOST_MASK: mask})
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes_here", "start_method", "expected"),
+    [(64, 1, "fork", 8), (12, 1, "fork", 6), (2, 1, "fork", 2), (16, 4, "fork", 2),
+     (16, 1, "spawn", 0)],
+)  # fmt: skip
+def test_half_of_the_cores_tokenize_for_a_gpu(
+    cores: int,
+    processes_here: int,
+    start_method: str,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setattr(batches, "get_start_method", lambda: start_method)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes_here))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tokenizing_processes() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tokenizing_processes() == 0
