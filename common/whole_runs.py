@@ -173,9 +173,10 @@ def first_part(
 def size_part(path: Path) -> str:
     """Returns the table of size.json: recipes by precision, on a GPU and on a CPU.
 
-    What was not measured on a GPU says so.
+    A line below it names what was not measured on a GPU.
     """
     report, cells = read_json(path) if path.is_file() else {}, []
+    missing: dict[str, list[str]] = {}  # of each recipe, the precisions
     for kind, precisions in (("gpu", ("fp32", "tf32", "bf16")), ("cpu", ("fp32", "bf16"))):
         side = report.get(kind, {"rows": {}})
         machine = f"{side['machine']}, 스레드 {side['threads']}개" if side["rows"] else kind.upper()
@@ -185,14 +186,16 @@ def size_part(path: Path) -> str:
             label = [machine, SIZE_RECIPES[recipe], precision]
             if row := side["rows"].get(name):
                 figures = [f"{row['hours_of_the_whole_recipe']:,.2f}", f"{row[memory]:,}"]
-                cells.append([*label, *figures, f"{row['steps_a_second']:,.3g}"])
+                cells.append([*label, *figures, f"{row['steps_a_second']:#,.3g}"])
             elif kind == "gpu":
-                cells.append([*label, *["측정하지 않음"] * 3])
+                missing.setdefault(SIZE_RECIPES[recipe], []).append(precision)
             if row := side["rows"].get(f"{name}, library"):
                 label[1] += ", 라이브러리만"
-                cells.append([*label, "", f"{row[memory]:,}", f"{row['steps_a_second']:,.3g}"])
+                cells.append([*label, "", f"{row[memory]:,}", f"{row['steps_a_second']:#,.3g}"])
     columns = {"장치": "---", "레시피": "---", "정밀도": "---", "전체 시간(시간)": "---:"}
-    return table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
+    found = table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
+    names = ", ".join(f"{name}({', '.join(each)})" for name, each in missing.items())
+    return f"{found}\n\nGPU에서 측정하지 않음: {names}." if names else found
 
 
 def int8_part(path: Path) -> str:

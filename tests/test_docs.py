@@ -216,7 +216,8 @@ def test_the_gpus_figures_are_those_of_the_file() -> None:
     steps = bf16["steps_measured"], library["steps_measured"]
     assert "NLI를 {}스텝(라이브러리는 {}스텝)".format(*steps) in text
     hours, memory = bf16["hours_of_the_whole_recipe"], bf16["peak_gpu_memory_mb"] / 1000
-    found = f"약 {hours:.2f}시간, 텐서 메모리 {memory:.1f} GB"
+    kept = bf16["peak_gpu_reserved_mb"] / 1000
+    found = f"약 {hours:.2f}시간, GPU 메모리 {kept:.1f} GB(그 가운데 텐서가 {memory:.1f} GB)"
     assert found in text_of(REPOSITORY / "README.md")
 
 

@@ -200,12 +200,12 @@ def test_the_table_says_what_was_not_measured(tmp_path: Path) -> None:
     path = tmp_path / "size.json"
     sides = {"cpu": {"machine": "M", "threads": 2, "rows": {"nli, fp32": row}}}
     write_json(path, sides)
-    *unmeasured, last = whole_runs.size_part(path).splitlines()[2:]
-    assert len(unmeasured) == 12 and all(line.count("측정하지 않음") == 3 for line in unmeasured)
-    assert last == "| M, 스레드 2개 | NLI | fp32 | 2.35 | 4,321 | 0.346 |"
+    only, _, unmeasured = whole_runs.size_part(path).splitlines()[2:]
+    assert unmeasured.startswith("GPU에서 측정하지 않음: STS(fp32, tf32, bf16), NLI(fp32, ")
+    assert only == "| M, 스레드 2개 | NLI | fp32 | 2.35 | 4,321 | 0.346 |"
     rows = {"sts, bf16": gpu, "sts, bf16, library": gpu}
     write_json(path, sides | {"gpu": {"machine": "G", "threads": 8, "rows": rows}})
     lines = whole_runs.size_part(path).splitlines()
     assert "| G, 스레드 8개 | STS | bf16 | 0.10 | 99 | 12.3 |" in lines
     assert "| G, 스레드 8개 | STS, 라이브러리만 | bf16 |  | 99 | 12.3 |" in lines
-    assert len(lines) == 2 + 12 + 1 + 1
+    assert len(lines) == 2 + 3 + 2 and "STS(fp32, tf32), NLI(" in lines[-1]
