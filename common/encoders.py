@@ -37,6 +37,8 @@ from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
 POOLINGS = ("mean", "cls", "max")
+# Families that are computed as BERT is: trained without padding, exported by rows, to int8 too.
+BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 # The names that families have for their dropouts in config.json.
 DROPOUTS = {
     "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
@@ -49,10 +51,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CHECK_SENTENCES = ["한 남자가 음식을 먹는다.", "가", "A man is eating 파스타 at 7시 30분. " * 40]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "checkpoints/*", "*.onnx"]
 OLD_MODULE_TYPES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Normalize": "sentence_transformers.models.Normalize",
-    "Dense": "sentence_transformers.models.Dense",
+    kind: f"sentence_transformers.models.{kind}"
+    for kind in ("Transformer", "Pooling", "Normalize", "Dense")
 }
 # What Dense has learnt since 2.7, and what it did before.
 NEW_DENSE_DEFAULTS = {
@@ -253,11 +253,8 @@ def load_encoder(
                 processor_kwargs=trust,
             )
             width = transformer.get_embedding_dimension()
-            model = SentenceTransformer(
-                modules=[transformer, Pooling(width, pooling_mode=pooling or "mean")],
-                device=device,
-                local_files_only=True,
-            )
+            modules = [transformer, Pooling(width, pooling_mode=pooling or "mean")]
+            model = SentenceTransformer(modules=modules, device=device, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded: {first_line(error)}") from None
     except SafetensorError as error:
@@ -300,6 +297,17 @@ def _own_dropouts(
         if not own[option]:
             raise UserError(f"--{option}: {name} ({config.model_type}) has no such dropout")
     return own
+
+
+def architecture(model: SentenceTransformer) -> str:
+    """Names the encoder's family: one of `BERT_LIKES` only where it is computed as BERT is.
+
+    Decoders are not, nor is code that a model carries, which may call itself bert.
+    """
+    kind, config = type(model[0].model), model[0].model.config
+    if not kind.__module__.startswith("transformers."):
+        return f"{kind.__name__}, code of its own,"
+    return config.model_type + ", a decoder," * bool(getattr(config, "is_decoder", False))
 
 
 def first_position(model: SentenceTransformer) -> int:
@@ -423,13 +431,9 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
             weights = load_file(folder / module["path"] / "model.safetensors")
             torch.save(weights, folder / module["path"] / "pytorch_model.bin")
     rewrite("modules.json", modules)
-    rewrite(
-        "sentence_bert_config.json",
-        {
-            "max_seq_length": model.max_seq_length,
-            "do_lower_case": getattr(model[0], "do_lower_case", False),
-        },
-    )
+    lower_case = getattr(model[0], "do_lower_case", False)
+    settings = {"max_seq_length": model.max_seq_length, "do_lower_case": lower_case}
+    rewrite("sentence_bert_config.json", settings)
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.get("tokenizer_class") == "TokenizersBackend":
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"

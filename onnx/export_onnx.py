@@ -25,7 +25,6 @@ import warnings
 from pathlib import Path
 
 import onnx
-import pandas as pd
 import torch
 from huggingface_hub import metadata_load
 from onnx import helper
@@ -40,17 +39,22 @@ sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from
 
 from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E402
 from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
-from quantize_onnx import calibrate, choose_int8, weight_bytes  # noqa: E402
+from quantize_onnx import calibrate, calibration_sentences, choose_int8, dev_pairs, weight_bytes  # noqa: E402
 
 from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
-from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402
+from common.encoders import (  # noqa: E402
+    BERT_LIKES,
+    POOLINGS,
+    architecture,
+    default_prompt,
+    load_encoder,
+    model_folder,
+    weight_files,
+)
 from common.results import onnx_table  # noqa: E402
 
-BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 MAX_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the graph itself
-CALIBRATION_SENTENCES = 500
-DEV_PAIRS = 500
 
 Settings = dict[str, str | int | bool]
 
@@ -67,7 +71,7 @@ class SentenceEncoder(torch.nn.Module):
         self.transformer = transformer.model
         self.config = self.transformer.config
         self.dim = dim
-        self.bert_like = self.config.model_type in BERT_LIKES and not self.config.is_decoder
+        self.bert_like = architecture(model) in BERT_LIKES
 
     def forward(
         self,
@@ -150,9 +154,9 @@ def check_exportable(
         raise UserError(f"{name}: its tokenizer has no pad token: sentences cannot share a batch")
     if not model.max_seq_length:
         raise UserError(f"{name}: declares no max_seq_length")
-    architecture = model[0].model.config.model_type
-    if quantize and architecture not in BERT_LIKES:
-        raise UserError(f"--quantize {quantize}: {architecture} is none of {', '.join(BERT_LIKES)}")
+    family = architecture(model)
+    if quantize and family not in BERT_LIKES:
+        raise UserError(f"--quantize {quantize}: {family} is none of {', '.join(BERT_LIKES)}")
 
 
 def export_tokenizer(model: SentenceTransformer) -> Tokenizer:
@@ -343,21 +347,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def dev_pairs(data_dir: Path) -> pd.DataFrame:
-    """Returns the pairs of KorSTS-dev on which the int8 form is chosen, from all of it."""
-    pairs = read_korsts(data_dir / "KorSTS/sts-dev.tsv")
-    return pairs.iloc[:: max(1, len(pairs) // DEV_PAIRS)]
-
-
 def export(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong, before anything takes long
     target = args.output.expanduser().absolute()
     if args.quantize:
         test = read_korsts(args.data_dir / "KorSTS/sts-test.tsv")
-        train, dev = read_korsts(args.data_dir / "KorSTS/sts-train.tsv"), dev_pairs(args.data_dir)
-        seen = {*test["sentence1"], *test["sentence2"]}
-        texts = [text for text in dict.fromkeys(train["sentence1"]) if text not in seen]
-        texts = texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
+        texts, dev = calibration_sentences(args.data_dir, test), dev_pairs(args.data_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     if args.golden:
         args.golden.parent.mkdir(parents=True, exist_ok=True)

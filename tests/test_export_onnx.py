@@ -22,6 +22,7 @@ import torch
 from commands import Started, run_script
 from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
@@ -730,6 +731,63 @@ def test_int8_of_another_architecture_is_refused(tmp_path, export):
     status, errors = export(folder, *arguments)
     assert status == 2 and "--quantize int8: distilbert" in errors[0]
     assert left_over(tmp_path / "out") == []
+
+
+def test_int8_of_a_decoder_is_refused(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    edit_json(folder / "config.json", is_decoder=True)
+    status, errors = export(folder, "--quantize", "int8", "--data_dir", SAMPLES)
+    assert status == 2 and "--quantize int8: bert, a decoder, is none of bert, " in errors[0]
+    assert export(folder) == (0, [])
+
+
+def test_int8_needs_a_sentence_that_test_has_not(tmp_path, bert, export):
+    (tmp_path / "KorSTS").mkdir()
+    for name in ("train", "dev", "test"):
+        shutil.copy(SAMPLES / "KorSTS/sts-test.tsv", tmp_path / f"KorSTS/sts-{name}.tsv")
+    status, errors = export(bert, "--quantize", "int8", "--data_dir", tmp_path)
+    assert status == 2 and "sts-train.tsv: no sentence to calibrate int8 on" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+CARRIED_BERT = """
+import torch
+from transformers import BertConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+class CarriedModel(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **_):
+        words = self.words(input_ids)
+        weights = attention_mask[..., None].to(words.dtype)
+        mean = (words * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return BaseModelOutput(last_hidden_state=torch.tanh(words + mean))
+"""
+
+
+def test_code_that_calls_itself_bert_is_exported_as_it_computes(tmp_path, bert, export):
+    folder = tmp_path / "carried"
+    shutil.copytree(bert, folder)
+    (folder / "carried.py").write_text(CARRIED_BERT, encoding="utf-8")
+    edit_json(folder / "config.json", auto_map={"AutoModel": "carried.CarriedModel"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "bert"
+    save_file(
+        {"words.weight": torch.randn(config["vocab_size"], config["hidden_size"])},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert "carries its own Python code" in export(folder)[1][0]
+    assert export(folder, "--trust_remote_code") == (0, [])  # and checked against the model
+    arguments = ["--trust_remote_code", "--quantize", "int8", "--data_dir", SAMPLES]
+    status, errors = export(folder, *arguments)
+    assert status == 2 and "CarriedModel, code of its own, is none of bert, " in errors[0]
 
 
 def test_fp16(tmp_path, bert, export):
