@@ -32,7 +32,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoConfig
 
-from common.command_line import UserError, file_sha256, first_line, read_json
+from common.command_line import UserError, expanded, file_sha256, first_line, read_json
 from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
@@ -82,7 +82,7 @@ def fetch_model(name_or_path: str, *, trust_remote_code: bool = False) -> Path:
     Raises:
         UserError: no such model, no permission, download cut off or different from its hash.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.is_dir():
         return path
     try:
@@ -267,6 +267,8 @@ def load_encoder(
         for key, value in own[option].items():
             setattr(model[0].model.config, key, value)
     if isinstance(model[0], Transformer):
+        if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # made of no file
+            raise UserError(f"{name_or_path}: no tokenizer.json and no vocabulary in it")
         positions = usable_positions(model)
         if max_seq_length is not None and positions is not None and max_seq_length > positions:
             raise UserError(
@@ -274,8 +276,8 @@ def load_encoder(
             )
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
-        elif first_position(model) and model.max_seq_length > positions:
-            model.max_seq_length = positions  # the library counts those that are no token's, too
+        elif _position_table(model) is not None and model.max_seq_length > positions:
+            model.max_seq_length = positions  # declared, or the library's: all rows of the table
     return model
 
 
@@ -310,14 +312,16 @@ def architecture(model: SentenceTransformer) -> str:
     return config.model_type + ", a decoder," * bool(getattr(config, "is_decoder", False))
 
 
+def _position_table(model: SentenceTransformer) -> torch.nn.Module | None:
+    return getattr(getattr(model[0].model, "embeddings", None), "position_embeddings", None)
+
+
 def first_position(model: SentenceTransformer) -> int:
     """Returns the position of a sentence's first token.
 
     RoBERTa and what is made like it count from behind the padding index, others from 0.
     """
-    embeddings = getattr(model[0].model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
+    padding = getattr(_position_table(model), "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 

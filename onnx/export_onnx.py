@@ -41,7 +41,7 @@ from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E40
 from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
 from quantize_onnx import calibrate, calibration_sentences, choose_int8, dev_pairs, weight_bytes  # noqa: E402
 
-from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
+from common.command_line import UserError, command_line, expanded, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
 from common.encoders import (  # noqa: E402
     BERT_LIKES,
@@ -338,7 +338,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help=code)
     args = parser.parse_args()
     if args.output is None:
-        name = Path(args.model).expanduser().resolve().name
+        name = expanded(args.model).resolve().name
         args.output = HERE / "models" / f"{name}.onnx"
     if args.output.suffix != ".onnx":
         parser.error(f"--output {args.output}: the name should end in .onnx")
@@ -349,7 +349,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong, before anything takes long
-    target = args.output.expanduser().absolute()
+    target = expanded(args.output).absolute()
     if args.quantize:
         test = read_korsts(args.data_dir / "KorSTS/sts-test.tsv")
         texts, dev = calibration_sentences(args.data_dir, test), dev_pairs(args.data_dir)
