@@ -152,8 +152,10 @@ def check_exportable(
         raise UserError(f"{name}: its tokenizer has no fast version, which a tokenizer.json needs")
     if model.tokenizer.pad_token is None:
         raise UserError(f"{name}: its tokenizer has no pad token: sentences cannot share a batch")
-    if not model.max_seq_length:
-        raise UserError(f"{name}: declares no max_seq_length")
+    if not 0 < (model.max_seq_length or 0) < 2**31:
+        raise UserError(f"{name}: no max_seq_length, nor model_max_length of its tokenizer")
+    if not model.tokenizer("")["input_ids"]:
+        raise UserError(f"{name}: its tokenizer adds no token: an empty sentence has no embedding")
     family = architecture(model)
     if quantize and family not in BERT_LIKES:
         raise UserError(f"--quantize {quantize}: {family} is none of {', '.join(BERT_LIKES)}")
@@ -189,17 +191,20 @@ def export_graph(model: SentenceTransformer, dim: int, folder: Path) -> onnx.Mod
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*legacy")
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.onnx")
-        torch.onnx.export(
-            encoder,
-            examples[: len(inputs)],
-            folder / "traced.onnx",
-            input_names=inputs,
-            output_names=[output],
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
-            | {output: {0: "batch"}},
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                encoder,
+                examples[: len(inputs)],
+                folder / "traced.onnx",
+                input_names=inputs,
+                output_names=[output],
+                dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
+                | {output: {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        except RuntimeError as error:
+            raise CheckFailed(f"{architecture(model)}: no graph: {first_line(error)}") from None
     encoder.transformer.set_attn_implementation(implementation)
     proto = onnx.load(folder / "traced.onnx")
     # Equal weights (biases of 0) come as one, by way of nodes that only rename it.
@@ -235,7 +240,8 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         "licence": licence_of(folder),
         "max_seq_length": model.max_seq_length,
         "pooling": model[1].pooling_mode,
-        "normalized": dim == model.get_embedding_dimension() and isinstance(model[-1], Normalize),
+        "normalized": dim == model[1].get_embedding_dimension()
+        and isinstance(model[-1], Normalize),
         "dimension": dim,
         "prompt": default_prompt(model),
     }
@@ -298,7 +304,8 @@ def remove_older(target: Path, settings: Settings) -> None:
             before = read_json(described) if described.is_file() else settings
         except ValueError:
             before = {}  # damaged: nobody can say whose it is
-        if any(before.get(name) != value for name, value in settings.items()):
+        differs = any(before.get(name) != value for name, value in settings.items())
+        if differs and before.get("precision", kind) == kind:  # only so named: left alone
             print(f"{sibling}: of another export: removed", file=sys.stderr)
             remove(sibling)
 
@@ -340,8 +347,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.output is None:
         name = expanded(args.model).resolve().name
         args.output = HERE / "models" / f"{name}.onnx"
-    if args.output.suffix != ".onnx":
-        parser.error(f"--output {args.output}: the name should end in .onnx")
+    if args.output.suffix != ".onnx" or expanded(args.output).is_dir():
+        parser.error(f"--output {args.output}: the name of a file, which should end in .onnx")
     if args.golden and not args.golden.name.endswith(".golden.json"):
         parser.error(f"--golden {args.golden}: the name should end in .golden.json")
     return args
@@ -359,9 +366,8 @@ def export(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
         staging, work = Path(temporary), Path(temporary, "work")
         work.mkdir()
-        model = load_encoder(
-            args.model, pooling=args.pooling, trust_remote_code=args.trust_remote_code, device="cpu"
-        )
+        options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
+        model = load_encoder(args.model, **options, device="cpu")
         check_exportable(args.model, model, args.dim, args.quantize)
         dim = args.dim or model.get_embedding_dimension()
         tokenizer = export_tokenizer(model)
@@ -410,7 +416,7 @@ def export(args: argparse.Namespace) -> None:
                 rows = score_files(tokenizer, files, test, default_prompt(model))
                 print(score_line(rows))
             else:
-                rows = measure(model, tokenizer, files, test)
+                rows = measure(model, tokenizer, files, test, args.trust_remote_code)
                 print("\n".join(onnx_table(rows)))
             lost = 100 * rows[-1]["lost"]
             if not lost <= args.max_loss and not args.force:
