@@ -33,6 +33,7 @@ from common.command_line import (
     REPOSITORY,
     UserError,
     command_line,
+    expanded,
     file_sha256,
     first_line,
     stored_command,
@@ -129,9 +130,11 @@ def parse_arguments() -> argparse.Namespace:
     if args.name and len(args.models) != 1:
         raise UserError("--name names the row of one MODEL")
     names = [args.name or row_name(model) for model in args.models]
-    for name in names:
+    for model, name in zip(args.models, names, strict=True):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            raise UserError(f"{name}: no such folder, and no name for a row: give --name")
+            is_there = args.name or is_local(model)
+            reason = "no name" if is_there else "no such folder, and no name"
+            raise UserError(f"{name}: {reason} for a row (letters, digits, - . _): give --name")
         if names.count(name) > 1:
             raise UserError(f"two rows would be named {name}: run one at a time, with --name")
     return args
@@ -139,12 +142,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def is_local(model: str) -> bool:
     """Tells a folder or .onnx file from a name on the Hub."""
-    return model.endswith(".onnx") or Path(model).expanduser().is_dir()
+    return model.endswith(".onnx") or expanded(model).is_dir()
 
 
 def row_name(model: str) -> str:
     """Names a row: the Hub name, or the last part of a local path. No path is stored."""
-    name = Path(model).expanduser().resolve().name if is_local(model) else model
+    name = expanded(model).resolve().name if is_local(model) else model
     return name.removesuffix(".onnx")
 
 
@@ -181,7 +184,9 @@ def leave_out_seen(table: pd.DataFrame, data_dir: Path, what: str) -> pd.DataFra
     )
     is_seen = has_sentence if what == "sentences" else has_pair
     print(f"left out, in sts-train.tsv or sts-dev.tsv: {is_seen.sum():,} pairs")
-    return table[~is_seen].reset_index(drop=True)
+    table = table[~is_seen].reset_index(drop=True)
+    check_pairs(table, f"what --leave_out {what} leaves")
+    return table
 
 
 # --- 3. Models -------------------------------------------------------------------------------
@@ -190,7 +195,9 @@ def leave_out_seen(table: pd.DataFrame, data_dir: Path, what: str) -> pd.DataFra
 def load(model: str, args: argparse.Namespace) -> tuple[Encoder, str]:
     """Returns the encoder and its prompt: the user's, else what the model declares as default."""
     if model.endswith(".onnx"):
-        encoder = OnnxEncoder(Path(model).expanduser())
+        if args.pooling:
+            raise UserError(f"--pooling {args.pooling}: {model} has its own pooling")
+        encoder = OnnxEncoder(expanded(model))
         declared = encoder.settings.get("prompt") or ""
     else:
         encoder = load_encoder(
@@ -208,11 +215,12 @@ def load(model: str, args: argparse.Namespace) -> tuple[Encoder, str]:
 def describe(model: str, encoder: Encoder) -> dict:
     """Returns what identifies the model: see `model` in the schema above."""
     if isinstance(encoder, OnnxEncoder):
-        folder, weights = encoder.path.parent, [encoder.path]
+        files = [encoder.path, encoder.path.with_name(f"{encoder.path.name}.data")]  # above 2 GB
+        folder, weights = encoder.path.parent, [path for path in files if path.is_file()]
         parameters, pooling_added, pooling = None, False, encoder.settings.get("pooling")
         dimension, revision = encoder.dimension, None
     else:
-        folder = Path(model).expanduser() if is_local(model) else cached_folder(model)
+        folder = expanded(model) if is_local(model) else cached_folder(model)
         revision = None if is_local(model) else folder.name
         weights = weight_files(folder)
         parameters = sum(parameter.numel() for parameter in encoder.parameters())

@@ -104,11 +104,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expanded(path: str | Path) -> Path:
+    """Returns a path with the home folder for its ~; a ~ that is of no user stays."""
+    return Path(os.path.expanduser(path))
+
+
 def without_folder(value: str) -> str:
     """Returns the last part of what is a path on this machine, and anything else as it is."""
     # os.path's: a prompt may be longer than any file's name, which pathlib raises for.
     is_local = value.startswith((".", "~", os.sep)) or os.path.exists(value)
-    return Path(value).expanduser().resolve().name if is_local else value
+    return expanded(value).resolve().name if is_local else value
 
 
 def stored_command(arguments: Sequence[str] | None = None) -> str:

@@ -32,11 +32,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoConfig
 
-from common.command_line import UserError, file_sha256, first_line, read_json
+from common.command_line import UserError, expanded, file_sha256, first_line, read_json
 from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
 POOLINGS = ("mean", "cls", "max")
+# Families that are computed as BERT is: trained without padding, exported by rows, to int8 too.
+BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 # The names that families have for their dropouts in config.json.
 DROPOUTS = {
     "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
@@ -49,10 +51,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CHECK_SENTENCES = ["한 남자가 음식을 먹는다.", "가", "A man is eating 파스타 at 7시 30분. " * 40]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "checkpoints/*", "*.onnx"]
 OLD_MODULE_TYPES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Normalize": "sentence_transformers.models.Normalize",
-    "Dense": "sentence_transformers.models.Dense",
+    kind: f"sentence_transformers.models.{kind}"
+    for kind in ("Transformer", "Pooling", "Normalize", "Dense")
 }
 # What Dense has learnt since 2.7, and what it did before.
 NEW_DENSE_DEFAULTS = {
@@ -82,7 +82,7 @@ def fetch_model(name_or_path: str, *, trust_remote_code: bool = False) -> Path:
     Raises:
         UserError: no such model, no permission, download cut off or different from its hash.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.is_dir():
         return path
     try:
@@ -253,11 +253,8 @@ def load_encoder(
                 processor_kwargs=trust,
             )
             width = transformer.get_embedding_dimension()
-            model = SentenceTransformer(
-                modules=[transformer, Pooling(width, pooling_mode=pooling or "mean")],
-                device=device,
-                local_files_only=True,
-            )
+            modules = [transformer, Pooling(width, pooling_mode=pooling or "mean")]
+            model = SentenceTransformer(modules=modules, device=device, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded: {first_line(error)}") from None
     except SafetensorError as error:
@@ -270,6 +267,8 @@ def load_encoder(
         for key, value in own[option].items():
             setattr(model[0].model.config, key, value)
     if isinstance(model[0], Transformer):
+        if len(model.tokenizer) <= len(model.tokenizer.all_special_tokens):  # made of no file
+            raise UserError(f"{name_or_path}: no tokenizer.json and no vocabulary in it")
         positions = usable_positions(model)
         if max_seq_length is not None and positions is not None and max_seq_length > positions:
             raise UserError(
@@ -277,8 +276,8 @@ def load_encoder(
             )
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
-        elif first_position(model) and model.max_seq_length > positions:
-            model.max_seq_length = positions  # the library counts those that are no token's, too
+        elif _position_table(model) is not None and model.max_seq_length > positions:
+            model.max_seq_length = positions  # declared, or the library's: all rows of the table
     return model
 
 
@@ -302,14 +301,27 @@ def _own_dropouts(
     return own
 
 
+def architecture(model: SentenceTransformer) -> str:
+    """Names the encoder's family: one of `BERT_LIKES` only where it is computed as BERT is.
+
+    Decoders are not, nor is code that a model carries, which may call itself bert.
+    """
+    kind, config = type(model[0].model), model[0].model.config
+    if not kind.__module__.startswith("transformers."):
+        return f"{kind.__name__}, code of its own,"
+    return config.model_type + ", a decoder," * bool(getattr(config, "is_decoder", False))
+
+
+def _position_table(model: SentenceTransformer) -> torch.nn.Module | None:
+    return getattr(getattr(model[0].model, "embeddings", None), "position_embeddings", None)
+
+
 def first_position(model: SentenceTransformer) -> int:
     """Returns the position of a sentence's first token.
 
     RoBERTa and what is made like it count from behind the padding index, others from 0.
     """
-    embeddings = getattr(model[0].model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
+    padding = getattr(_position_table(model), "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 
@@ -423,13 +435,9 @@ def _write_old_layout(model: SentenceTransformer, folder: Path) -> None:
             weights = load_file(folder / module["path"] / "model.safetensors")
             torch.save(weights, folder / module["path"] / "pytorch_model.bin")
     rewrite("modules.json", modules)
-    rewrite(
-        "sentence_bert_config.json",
-        {
-            "max_seq_length": model.max_seq_length,
-            "do_lower_case": getattr(model[0], "do_lower_case", False),
-        },
-    )
+    lower_case = getattr(model[0], "do_lower_case", False)
+    settings = {"max_seq_length": model.max_seq_length, "do_lower_case": lower_case}
+    rewrite("sentence_bert_config.json", settings)
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     if tokenizer_config.get("tokenizer_class") == "TokenizersBackend":
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"

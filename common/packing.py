@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.batches import HOST_MASK
 from common.dropout import draw_by_bytes, drop
-from common.encoders import first_position
+from common.encoders import BERT_LIKES, architecture, first_position
 
 # Row length at which attention, which costs its square, costs as much as all else: in rows of 48
 # it takes 7% of a step.
@@ -31,8 +31,6 @@ SHORTEST_ROW = 24
 # On a GPU rows' length and number are multiples of these: few shapes, since each needs plans and
 # graphs of its own.
 GPU_STEPS = (32, 4)
-# Encoders that take positions and a mask of pairs of tokens: others of that kind go here.
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 def _attention_in_fp32(
@@ -110,19 +108,16 @@ def pack_sentences(model: SentenceTransformer) -> None:
     The sentences of a batch are laid into rows (`lay_in_rows`) with positions that start again and
     an attention mask that is block-diagonal; token embeddings come back in the batch's own layout.
     Losses and gradients are the same up to rounding (and the draws of dropout, which on a CPU are
-    `common.dropout`'s). For `FAMILIES` on a CPU or with CUDA; other encoders, other devices and
+    `common.dropout`'s). For `BERT_LIKES` on a CPU or with CUDA; other encoders, other devices and
     evaluation keep their padded forwards.
     """
     encoder = model[0].model
-    family, on_cpu = encoder.config.model_type, encoder.device.type == "cpu"
+    family, on_cpu = architecture(model), encoder.device.type == "cpu"
     if encoder.device.type not in ("cpu", "cuda"):
         return
-    kind = type(encoder)
-    if not kind.__module__.startswith("transformers."):
-        family = f"{kind.__name__}, code of its own,"  # it may call itself bert
-    if family not in FAMILIES or getattr(encoder.config, "is_decoder", False):
+    if family not in BERT_LIKES:
         print(
-            f"note: {family} trains with padding: only {', '.join(FAMILIES)} train without",
+            f"note: {family} trains with padding: only {', '.join(BERT_LIKES)} train without",
             file=sys.stderr,
         )
         return

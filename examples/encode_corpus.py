@@ -120,7 +120,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def json_rows(file: BinaryIO) -> Iterator[tuple[int, dict]]:
@@ -297,7 +297,7 @@ def open_output(args: Namespace, model: SentenceTransformer, corpus: Corpus) -> 
 
 # --- 4. Ray: as many workers as there is room for, which return their errors ---------------------
 
-MODEL_ERRORS = (OSError, ValueError, SafetensorError, UnpicklingError)
+MODEL_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 
 class CarefulEncoder:
@@ -310,7 +310,7 @@ class CarefulEncoder:
         try:
             self.encoder = self.encoder or Encoder(*self.settings)
             return self.encoder(part) | {"error": ""}
-        except (*MODEL_ERRORS, UserError, pa.ArrowException, torch.OutOfMemoryError) as error:
+        except (*MODEL_ERRORS, UserError, pa.ArrowException) as error:  # OutOfMemoryError too
             return {"error": f"{part['name']}: {first_line(error)}"}
 
 

@@ -47,8 +47,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = SentenceTransformer(args.model)
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        why = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not Path(args.model).is_dir():
             why = f"no such folder, and not from the Hub: {why}"
         for path in Path(args.model).rglob("*"):

@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="FILE.onnx")
     parser.add_argument("--top_k", type=int, default=5, help="sentences for each query")
     args = parser.parse_args()
+    if args.top_k < 1:
+        parser.error(f"--top_k {args.top_k}: must be above 0")
     try:
         session, tokenizer = load(args.model)
     except ValueError as error:

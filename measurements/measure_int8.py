@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path += [str(REPOSITORY), str(REPOSITORY / "onnx")]
 
-from export_onnx import dev_pairs  # noqa: E402
 from measure_onnx import score_files  # noqa: E402
+from quantize_onnx import dev_pairs  # noqa: E402
 
 from common.command_line import UserError, command_line, read_json, write_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402

@@ -25,7 +25,6 @@ import warnings
 from pathlib import Path
 
 import onnx
-import pandas as pd
 import torch
 from huggingface_hub import metadata_load
 from onnx import helper
@@ -40,17 +39,22 @@ sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from
 
 from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E402
 from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
-from quantize_onnx import calibrate, choose_int8, weight_bytes  # noqa: E402
+from quantize_onnx import calibrate, calibration_sentences, choose_int8, dev_pairs, weight_bytes  # noqa: E402
 
-from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
+from common.command_line import UserError, command_line, expanded, first_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
-from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402
+from common.encoders import (  # noqa: E402
+    BERT_LIKES,
+    POOLINGS,
+    architecture,
+    default_prompt,
+    load_encoder,
+    model_folder,
+    weight_files,
+)
 from common.results import onnx_table  # noqa: E402
 
-BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 MAX_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the graph itself
-CALIBRATION_SENTENCES = 500
-DEV_PAIRS = 500
 
 Settings = dict[str, str | int | bool]
 
@@ -67,7 +71,7 @@ class SentenceEncoder(torch.nn.Module):
         self.transformer = transformer.model
         self.config = self.transformer.config
         self.dim = dim
-        self.bert_like = self.config.model_type in BERT_LIKES and not self.config.is_decoder
+        self.bert_like = architecture(model) in BERT_LIKES
 
     def forward(
         self,
@@ -148,11 +152,13 @@ def check_exportable(
         raise UserError(f"{name}: its tokenizer has no fast version, which a tokenizer.json needs")
     if model.tokenizer.pad_token is None:
         raise UserError(f"{name}: its tokenizer has no pad token: sentences cannot share a batch")
-    if not model.max_seq_length:
-        raise UserError(f"{name}: declares no max_seq_length")
-    architecture = model[0].model.config.model_type
-    if quantize and architecture not in BERT_LIKES:
-        raise UserError(f"--quantize {quantize}: {architecture} is none of {', '.join(BERT_LIKES)}")
+    if not 0 < (model.max_seq_length or 0) < 2**31:
+        raise UserError(f"{name}: no max_seq_length, nor model_max_length of its tokenizer")
+    if not model.tokenizer("")["input_ids"]:
+        raise UserError(f"{name}: its tokenizer adds no token: an empty sentence has no embedding")
+    family = architecture(model)
+    if quantize and family not in BERT_LIKES:
+        raise UserError(f"--quantize {quantize}: {family} is none of {', '.join(BERT_LIKES)}")
 
 
 def export_tokenizer(model: SentenceTransformer) -> Tokenizer:
@@ -185,17 +191,20 @@ def export_graph(model: SentenceTransformer, dim: int, folder: Path) -> onnx.Mod
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*legacy")
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.onnx")
-        torch.onnx.export(
-            encoder,
-            examples[: len(inputs)],
-            folder / "traced.onnx",
-            input_names=inputs,
-            output_names=[output],
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
-            | {output: {0: "batch"}},
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                encoder,
+                examples[: len(inputs)],
+                folder / "traced.onnx",
+                input_names=inputs,
+                output_names=[output],
+                dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
+                | {output: {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        except RuntimeError as error:
+            raise CheckFailed(f"{architecture(model)}: no graph: {first_line(error)}") from None
     encoder.transformer.set_attn_implementation(implementation)
     proto = onnx.load(folder / "traced.onnx")
     # Equal weights (biases of 0) come as one, by way of nodes that only rename it.
@@ -231,7 +240,8 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         "licence": licence_of(folder),
         "max_seq_length": model.max_seq_length,
         "pooling": model[1].pooling_mode,
-        "normalized": dim == model.get_embedding_dimension() and isinstance(model[-1], Normalize),
+        "normalized": dim == model[1].get_embedding_dimension()
+        and isinstance(model[-1], Normalize),
         "dimension": dim,
         "prompt": default_prompt(model),
     }
@@ -294,7 +304,8 @@ def remove_older(target: Path, settings: Settings) -> None:
             before = read_json(described) if described.is_file() else settings
         except ValueError:
             before = {}  # damaged: nobody can say whose it is
-        if any(before.get(name) != value for name, value in settings.items()):
+        differs = any(before.get(name) != value for name, value in settings.items())
+        if differs and before.get("precision", kind) == kind:  # only so named: left alone
             print(f"{sibling}: of another export: removed", file=sys.stderr)
             remove(sibling)
 
@@ -334,39 +345,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help=code)
     args = parser.parse_args()
     if args.output is None:
-        name = Path(args.model).expanduser().resolve().name
+        name = expanded(args.model).resolve().name
         args.output = HERE / "models" / f"{name}.onnx"
-    if args.output.suffix != ".onnx":
-        parser.error(f"--output {args.output}: the name should end in .onnx")
+    if args.output.suffix != ".onnx" or expanded(args.output).is_dir():
+        parser.error(f"--output {args.output}: the name of a file, which should end in .onnx")
     if args.golden and not args.golden.name.endswith(".golden.json"):
         parser.error(f"--golden {args.golden}: the name should end in .golden.json")
     return args
 
 
-def dev_pairs(data_dir: Path) -> pd.DataFrame:
-    """Returns the pairs of KorSTS-dev on which the int8 form is chosen, from all of it."""
-    pairs = read_korsts(data_dir / "KorSTS/sts-dev.tsv")
-    return pairs.iloc[:: max(1, len(pairs) // DEV_PAIRS)]
-
-
 def export(args: argparse.Namespace) -> None:
     # 1. Everything that can be wrong, before anything takes long
-    target = args.output.expanduser().absolute()
+    target = expanded(args.output).absolute()
     if args.quantize:
         test = read_korsts(args.data_dir / "KorSTS/sts-test.tsv")
-        train, dev = read_korsts(args.data_dir / "KorSTS/sts-train.tsv"), dev_pairs(args.data_dir)
-        seen = {*test["sentence1"], *test["sentence2"]}
-        texts = [text for text in dict.fromkeys(train["sentence1"]) if text not in seen]
-        texts = texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
+        texts, dev = calibration_sentences(args.data_dir, test), dev_pairs(args.data_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     if args.golden:
         args.golden.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as temporary:
         staging, work = Path(temporary), Path(temporary, "work")
         work.mkdir()
-        model = load_encoder(
-            args.model, pooling=args.pooling, trust_remote_code=args.trust_remote_code, device="cpu"
-        )
+        options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
+        model = load_encoder(args.model, **options, device="cpu")
         check_exportable(args.model, model, args.dim, args.quantize)
         dim = args.dim or model.get_embedding_dimension()
         tokenizer = export_tokenizer(model)
@@ -415,7 +416,7 @@ def export(args: argparse.Namespace) -> None:
                 rows = score_files(tokenizer, files, test, default_prompt(model))
                 print(score_line(rows))
             else:
-                rows = measure(model, tokenizer, files, test)
+                rows = measure(model, tokenizer, files, test, args.trust_remote_code)
                 print("\n".join(onnx_table(rows)))
             lost = 100 * rows[-1]["lost"]
             if not lost <= args.max_loss and not args.force:

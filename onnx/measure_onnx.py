@@ -40,7 +40,8 @@ FIRST_EMBEDDING = {  # run in new processes; each prints when it has embedded on
     "sentence-transformers": """
 import sys, time
 from sentence_transformers import SentenceTransformer
-SentenceTransformer(sys.argv[1], device="cpu").encode("첫 문장")
+trust = sys.argv[2] == "True"
+SentenceTransformer(sys.argv[1], device="cpu", trust_remote_code=trust).encode("첫 문장")
 print(time.time())""",
     "onnxruntime": """
 import sys, time
@@ -55,11 +56,11 @@ print(time.time())""",
 }
 
 
-def first_embedding_seconds(library: str, model: Path) -> float:
+def first_embedding_seconds(library: str, model: Path, trust_remote_code: bool = False) -> float:
     """Returns the time from a process's start to its first embedding, the best of three."""
-    seconds = []
+    seconds, arguments = [], [str(model), str(trust_remote_code)]
     for _ in range(ROUNDS):
-        command = [sys.executable, "-c", FIRST_EMBEDDING[library], str(model)]
+        command = [sys.executable, "-c", FIRST_EMBEDDING[library], *arguments]
         start = time.time()
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         seconds.append(float(result.stdout.split()[-1]) - start)
@@ -67,7 +68,11 @@ def first_embedding_seconds(library: str, model: Path) -> float:
 
 
 def measure(
-    model: SentenceTransformer, tokenizer: Tokenizer, files: dict[str, Path], test: pd.DataFrame
+    model: SentenceTransformer,
+    tokenizer: Tokenizer,
+    files: dict[str, Path],
+    test: pd.DataFrame,
+    trust_remote_code: bool = False,
 ) -> list[dict]:
     """Measures sentence-transformers (the first row) and each file.
 
@@ -77,6 +82,7 @@ def measure(
     Args:
         files: by the name of their row.
         test: KorSTS-test, as `read_korsts` returns it.
+        trust_remote_code: run Python code that the model carries, as when it was loaded.
 
     Returns:
         For each: encoder, size_bytes, first_embedding_seconds, sentences_per_second_32 and _1,
@@ -88,7 +94,9 @@ def measure(
         {
             "encoder": "SentenceTransformer fp32",
             "size_bytes": sum(path.stat().st_size for path in weight_files(folder)),
-            "first_embedding_seconds": first_embedding_seconds("sentence-transformers", folder),
+            "first_embedding_seconds": first_embedding_seconds(
+                "sentence-transformers", folder, trust_remote_code
+            ),
         }
     ]
     encoders = [

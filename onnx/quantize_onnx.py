@@ -19,12 +19,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from common.command_line import UserError
+from common.data import read_korsts
 from common.exported import feed
 
+CALIBRATION_SENTENCES = 500
+DEV_PAIRS = 500
 SMOOTHING = (0.6, 0.7, 0.8, 0.9)  # shares of the outliers that may go to the weights
 CUTS = (0.9, 0.8, 0.7, 0.6)  # parts of the range seen that may be kept
 SMALLEST = 1e-5  # channels that calibration sees at rest
@@ -68,6 +73,26 @@ class Rounding:
 def is_linear(node: onnx.NodeProto) -> bool:
     """Tells a linear layer with a bias on a (tokens, inputs) matrix."""
     return node.op_type == "Gemm" and len(node.input) == 3
+
+
+def calibration_sentences(data_dir: Path, test: pd.DataFrame) -> list[str]:
+    """Returns sentences of KorSTS-train, of all of it, that KorSTS-test does not have.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = data_dir / "KorSTS/sts-train.tsv"
+    seen = {*test["sentence1"], *test["sentence2"]}
+    texts = [text for text in dict.fromkeys(read_korsts(file)["sentence1"]) if text not in seen]
+    if not texts:
+        raise UserError(f"{file}: no sentence to calibrate int8 on: sts-test.tsv has them all")
+    return texts[:: max(1, len(texts) // CALIBRATION_SENTENCES)]
+
+
+def dev_pairs(data_dir: Path) -> pd.DataFrame:
+    """Returns the pairs of KorSTS-dev on which the int8 form is chosen, from all of it."""
+    pairs = read_korsts(data_dir / "KorSTS/sts-dev.tsv")
+    return pairs.iloc[:: max(1, len(pairs) // DEV_PAIRS)]
 
 
 def calibrate(path: Path, tokenizer: Tokenizer, sentences: Sequence[str]) -> dict[str, Activations]:

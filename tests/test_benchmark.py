@@ -25,7 +25,7 @@ from sklearn.metrics import f1_score
 
 import benchmark
 from common import results, scoring
-from common.command_line import REPOSITORY, command_line
+from common.command_line import REPOSITORY, command_line, file_sha256
 from common.data import read_korsts
 from common.encoders import load_encoder, save_encoder
 from common.evaluation import SCORE_KEYS, bootstrap, correlations, interval
@@ -267,6 +267,25 @@ def test_an_onnx_file_is_a_model_like_any_other(run, tmp_path):
     assert result["model"]["parameters"] is None and result["link"] is None
 
 
+def test_weights_beside_an_onnx_file_count(run, tmp_path):
+    write_onnx(tmp_path)
+    path, data = tmp_path / "words.onnx", tmp_path / "words.onnx.data"
+    options = {"save_as_external_data": True, "location": data.name}
+    onnx.save(onnx.load(path), path, **options)
+    status, _, err = run(path)
+    assert status == 0, err
+    model = read(tmp_path, "words")["model"]
+    assert model["size_bytes"] == path.stat().st_size + data.stat().st_size
+    assert model["weights"] == {file.name: file_sha256(file) for file in (path, data)}
+
+
+def test_an_onnx_file_takes_no_other_pooling(run, tmp_path):
+    write_onnx(tmp_path)
+    status, _, err = run(tmp_path / "words.onnx", "--pooling", "cls")
+    assert status == 2 and err.splitlines()[-1].endswith("words.onnx has its own pooling")
+    assert written(tmp_path) == []
+
+
 @pytest.mark.parametrize("missing", ["words.onnx", "words.json", "words.tokenizer.json"])
 def test_an_onnx_file_without_its_company(run, tmp_path, missing):
     write_onnx(tmp_path)
@@ -296,8 +315,10 @@ def test_a_damaged_onnx_file(run, tmp_path):
         (["a/a", "--compare", "b/b", "c/c"], "--compare takes its two models and no others"),
         (["a/a", "--leave_out", "pairs"], "--leave_out goes with --compare"),
         (["a/a", "b/b", "--name", "x"], "--name names the row of one MODEL"),
-        (["a/a", "--name", "../x"], "../x: no such folder, and no name for a row"),
+        (["a/a", "--name", "../x"], "../x: no name for a row"),
         (["no/such/folder"], "no/such/folder: no such folder"),
+        (["~nobody-here"], "~nobody-here: no such folder"),
+        (["두 낱말.onnx"], "두 낱말: no name for a row (letters, digits, - . _): give --name"),
         (["a/a", "a/a"], "two rows would be named a/a"),
     ],
 )
@@ -457,6 +478,16 @@ def test_compare_leaves_out_what_training_saw(run, plain, trained, tmp_path):
         assert status == 0, err
         assert f"left out, in sts-train.tsv or sts-dev.tsv: {count} pairs" in out
         assert what == "pairs" or out.splitlines()[2:] == whole[1:]
+
+
+def test_compare_needs_pairs_that_training_did_not_see(run, plain, trained, tmp_path):
+    folder = tmp_path / "data/KorSTS"
+    shutil.copytree(SAMPLES / "KorSTS", folder)
+    shutil.copy(folder / "sts-test.tsv", folder / "sts-train.tsv")
+    options = ("--compare", trained, plain, "--leave_out", "pairs")
+    status, _, err = run(*options, data_dir=folder.parent)
+    assert status == 2
+    assert "error: what --leave_out pairs leaves: 0 pairs with 0 different scores" in err
 
 
 def test_compare_says_who_is_better_only_where_the_interval_leaves_out_0(
@@ -679,6 +710,13 @@ def test_a_prompt_longer_than_a_file_name_loses_no_result(run, plain, tmp_path):
     assert (
         read(tmp_path, "tiny")["prompt"] == prompt and prompt in read(tmp_path, "tiny")["command"]
     )
+
+
+@pytest.mark.parametrize("prompt", ["~글: ", "./글: ", "/글: "])
+def test_a_prompt_that_begins_like_a_path_loses_no_result(run, plain, tmp_path, prompt):
+    status, _, err = run(plain, "--prompt", prompt)
+    assert status == 0, err
+    assert read(tmp_path, "tiny")["prompt"] == prompt
 
 
 def test_an_onnx_row_states_the_threads_that_onnxruntime_takes(run, tmp_path, monkeypatch):

@@ -455,6 +455,14 @@ def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(script: Run, tiny: P
     assert not Path("out").exists()
 
 
+def test_weights_that_do_not_fit_are_one_line(script: Run, tiny: Path) -> None:
+    Path("corpus.jsonl").write_text(GOOD, encoding="utf-8")
+    edit_json(Path(shutil.copytree(tiny, "model")) / "config.json", intermediate_size=96)
+    status, line = script.refuse("corpus.jsonl", "--output", "out", "--model", "model")
+    assert status == 2 and line.startswith("error: model: ") and "mismatched" in line
+    assert not Path("out").exists()
+
+
 def test_a_name_that_the_console_cannot_show_does_not_end_it(tmp_path: Path) -> None:
     (tmp_path / "여우🦊.jsonl").write_text(GOOD, encoding="utf-8")
     line = command("여우🦊.jsonl", "--output", "out", "--model", "models/nowhere")

@@ -170,11 +170,21 @@ def test_an_encoder_without_a_position_table_takes_any_length(tmp_path):
     assert np.isfinite(model.encode("가" * 300)).all()
 
 
-def test_a_declared_length_beyond_the_positions_is_cut(tmp_path):
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
+def test_a_declared_length_beyond_the_positions_is_cut(tmp_path, config):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1)
-    model = load_encoder(str(write_family(tmp_path, config)), device="cpu")
-    assert model.max_seq_length == 32  # two positions are no token's
+    padding = int(config is RobertaConfig)
+    config = config(**sizes, max_position_embeddings=34, pad_token_id=padding)
+    folder = write_family(tmp_path / "plain", config)
+    model = load_encoder(str(folder), device="cpu")
+    expected = 32 if padding else 34  # RoBERTa's: two positions are no token's
+    assert model.max_seq_length == expected
+    assert np.isfinite(model.encode("가" * 100)).all()
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    for name, key in (("sentence_bert", "max_seq_length"), ("tokenizer", "model_max_length")):
+        edit_json(tmp_path / f"model/{name}_config.json", **{key: 512})
+    model = load_encoder(str(tmp_path / "model"), device="cpu")
+    assert model.max_seq_length == expected
     assert np.isfinite(model.encode("가" * 100)).all()
 
 
@@ -184,6 +194,7 @@ def test_a_declared_length_beyond_the_positions_is_cut(tmp_path):
         (lambda f: [path.unlink() for path in f.iterdir()], "neither config.json nor modules.json"),
         (lambda f: edit_json(f / "config.json", model_type="no-such-type"), "cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: [path.unlink() for path in f.glob("token*")], "no tokenizer.json and no vocab"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 50), "damaged weights"),
         (lambda f: edit_json(f / "run.json", finished=None), "unfinished training run"),
         (lambda f: (f / "run.json").write_text("{"), "the run folder is damaged"),

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import run_script
-from encoders import write_plain_encoder
+from encoders import edit_json, write_plain_encoder
 from hub import Hub
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -115,6 +117,8 @@ def test_the_command_of_the_docstring_takes_the_published_model(tiny: Path, tmp_
         ("models/nowhere", "no such folder, and not from the Hub: "),
         ("empty", "Unrecognized model"),
         ("cut", "deserializing header"),
+        ("cut-bin", "failed reading zip archive"),
+        ("misfit", "ignore_mismatched_sizes"),
         ("pointer", "model.safetensors is a Git-LFS pointer"),
     ],
 )
@@ -124,12 +128,19 @@ def test_the_search_says_what_is_wrong_with_a_model(
     (tmp_path / "empty").mkdir()
     weights = shutil.copytree(tiny, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    bin_ = shutil.copytree(tiny, tmp_path / "cut-bin") / "pytorch_model.bin"
+    torch.save(load_file(bin_.with_name("model.safetensors")), bin_)
+    bin_.write_bytes(bin_.read_bytes()[:1000])
+    bin_.with_name("model.safetensors").unlink()
+    edit_json(shutil.copytree(tiny, tmp_path / "misfit") / "config.json", intermediate_size=96)
     shutil.copytree(tiny, tmp_path / "pointer")
     (tmp_path / "pointer/model.safetensors").write_text(POINTER)
     done = run("semantic_search.py", "--model", model, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    *others, line = done.stderr.splitlines()
     assert line.startswith(f"error: {model}: ") and says in line
+    assert not others or model == "misfit"  # whose weights transformers lists before
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,6 +191,13 @@ def test_a_console_without_korean_gets_its_scores(
     printed = console.buffer.getvalue().decode("ascii")
     assert len(re.findall(r"\d\.\d{4}", printed)) == 15
     assert "? ??? ???? ???." in printed
+
+
+def test_the_search_shows_one_sentence_at_least(tmp_path: Path) -> None:
+    for count in ("0", "-3"):
+        done = run("semantic_search_onnx.py", "--model", "no.onnx", "--top_k", count, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].endswith(f"--top_k {count}: must be above 0")
 
 
 def test_a_pointer_in_place_of_an_onnx_file_is_named(tmp_path: Path) -> None:

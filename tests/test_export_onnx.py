@@ -20,8 +20,16 @@ import pandas as pd
 import pytest
 import torch
 from commands import Started, run_script
-from encoders import SAMPLES, edit_json, tiny_tokenizer, write_plain_encoder
+from encoders import (
+    SAMPLES,
+    add_module_with_code,
+    edit_json,
+    tiny_tokenizer,
+    write_family,
+    write_plain_encoder,
+)
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
@@ -32,6 +40,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -179,6 +188,11 @@ def test_normalize_and_dim(tmp_path, export):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert settings["dimension"] == 8 and settings["normalized"] is False  # a slice is not
+    # So is what a model is declared to be cut to.
+    edit_json(folder / "config_sentence_transformers.json", truncate_dim=16)
+    assert export(folder) == (0, [])
+    settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert settings["dimension"] == 16 and settings["normalized"] is False
 
 
 def test_standard_operators_and_one_file_that_stands_alone(tmp_path, bert, export):
@@ -339,10 +353,63 @@ def test_bad_arguments(tmp_path, bert, export, arguments, status, message):
     assert left_over(tmp_path / "out") == []
 
 
+def test_a_tokenizer_that_declares_no_length(tmp_path, export):
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, pad_token_id=0)
+    folder = write_family(tmp_path / "xlnet", config)
+    status, errors = export(folder)
+    assert status == 2 and "no max_seq_length, nor model_max_length" in errors[0]
+    edit_json(folder / "tokenizer_config.json", model_max_length=64)
+    assert export(folder)[0] != 2
+
+
+def test_a_tokenizer_that_makes_nothing_of_an_empty_sentence(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    edit_json(folder / "tokenizer.json", post_processor=None)
+    status, errors = export(folder)
+    assert status == 2 and "its tokenizer adds no token" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+def test_a_graph_that_cannot_be_made_or_run_is_one_line(tmp_path, bert, export, monkeypatch):
+    original = export_onnx.SentenceEncoder.forward
+    with monkeypatch.context() as patch:  # there is no such operator
+        made = lambda *args: torch.special.i0(original(*args))  # noqa: E731
+        patch.setattr(export_onnx.SentenceEncoder, "forward", made)
+        status, errors = export(bert)
+        assert status == 1 and len(errors) == 1 and errors[0].startswith("error: bert: no graph: ")
+
+    def as_traced(encoder, input_ids, *others):  # at the exporter's length
+        length = input_ids.shape[1].item() if torch.is_tensor(input_ids.shape[1]) else 7
+        return original(encoder, input_ids, *others) + input_ids[:, torch.arange(length)].sum() * 0
+
+    monkeypatch.setattr(export_onnx.SentenceEncoder, "forward", as_traced)
+    status, errors = export(bert)
+    assert status == 1 and len(errors) == 1 and "tiny.onnx: onnxruntime cannot run it" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+def test_the_check_of_a_model_for_long_texts_fits_into_memory(tmp_path, export, monkeypatch):
+    config = BertConfig(**SIZES, intermediate_size=64, max_position_embeddings=1024)
+    folder = write_family(tmp_path / "long", config, model_max_length=1024)
+    places = []  # of the attention, a head
+
+    def recorded(session, tokenizer, texts, batch_size):
+        lengths = sorted(len(found.ids) for found in map(tokenizer.encode, texts))[-batch_size:]
+        places.append(len(lengths) * lengths[-1] ** 2)
+        return embed(session, tokenizer, texts, batch_size)
+
+    monkeypatch.setattr(check_onnx, "embed", recorded)
+    assert export(folder) == (0, [])
+    assert len(places) == 4 and max(places) == 3 * 1024**2
+
+
 def test_a_missing_model_and_a_name_that_is_not_onnx(tmp_path, bert, export):
     status, errors = export(tmp_path / "nowhere")
     assert status == 2 and "no such folder" in errors[0] and len(errors) == 1
     assert export(bert, output=tmp_path / "out/model.bin")[0] == 2
+    (tmp_path / "out/model.onnx").mkdir(parents=True)
+    assert export(bert, output=tmp_path / "out/model.onnx")[0] == 2
+    assert left_over(tmp_path / "out") == ["model.onnx"]
 
 
 def test_a_path_that_cannot_be_written(tmp_path, bert, export):
@@ -665,6 +732,20 @@ def test_what_is_lost_is_the_first_files_score_less_the_files(tmp_path):
     assert 0 < low < rows[1]["lost"] < high
 
 
+def test_a_model_with_code_is_timed_with_it(tmp_path, bert, export, monkeypatch):
+    folder = shutil.copytree(bert, tmp_path / "model")
+    add_module_with_code(folder, tmp_path / "ran")
+    first_embedding_seconds, calls = measure_onnx.first_embedding_seconds, []
+    monkeypatch.setattr(
+        measure_onnx, "first_embedding_seconds", lambda *call: calls.append(call) or 1.0
+    )
+    export.first_embeddings = True
+    arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--force", "--trust_remote_code"]
+    assert export(folder, *arguments, "--results_dir", tmp_path / "results") == (0, [])
+    assert calls[0] == ("sentence-transformers", folder, True)
+    assert first_embedding_seconds(*calls[0]) > 0
+
+
 def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_path, bert, export):
     status, error = export(bert, "--quantize", "int8", "--data_dir", SAMPLES, "--force",
                            "--no_speed", "--results_dir", tmp_path / "results")  # fmt: skip
@@ -730,6 +811,63 @@ def test_int8_of_another_architecture_is_refused(tmp_path, export):
     status, errors = export(folder, *arguments)
     assert status == 2 and "--quantize int8: distilbert" in errors[0]
     assert left_over(tmp_path / "out") == []
+
+
+def test_int8_of_a_decoder_is_refused(tmp_path, export):
+    folder = write_encoder(tmp_path)
+    edit_json(folder / "config.json", is_decoder=True)
+    status, errors = export(folder, "--quantize", "int8", "--data_dir", SAMPLES)
+    assert status == 2 and "--quantize int8: bert, a decoder, is none of bert, " in errors[0]
+    assert export(folder) == (0, [])
+
+
+def test_int8_needs_a_sentence_that_test_has_not(tmp_path, bert, export):
+    (tmp_path / "KorSTS").mkdir()
+    for name in ("train", "dev", "test"):
+        shutil.copy(SAMPLES / "KorSTS/sts-test.tsv", tmp_path / f"KorSTS/sts-{name}.tsv")
+    status, errors = export(bert, "--quantize", "int8", "--data_dir", tmp_path)
+    assert status == 2 and "sts-train.tsv: no sentence to calibrate int8 on" in errors[0]
+    assert left_over(tmp_path / "out") == []
+
+
+CARRIED_BERT = """
+import torch
+from transformers import BertConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+class CarriedModel(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **_):
+        words = self.words(input_ids)
+        weights = attention_mask[..., None].to(words.dtype)
+        mean = (words * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return BaseModelOutput(last_hidden_state=torch.tanh(words + mean))
+"""
+
+
+def test_code_that_calls_itself_bert_is_exported_as_it_computes(tmp_path, bert, export):
+    folder = tmp_path / "carried"
+    shutil.copytree(bert, folder)
+    (folder / "carried.py").write_text(CARRIED_BERT, encoding="utf-8")
+    edit_json(folder / "config.json", auto_map={"AutoModel": "carried.CarriedModel"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "bert"
+    save_file(
+        {"words.weight": torch.randn(config["vocab_size"], config["hidden_size"])},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert "carries its own Python code" in export(folder)[1][0]
+    assert export(folder, "--trust_remote_code") == (0, [])  # and checked against the model
+    arguments = ["--trust_remote_code", "--quantize", "int8", "--data_dir", SAMPLES]
+    status, errors = export(folder, *arguments)
+    assert status == 2 and "CarriedModel, code of its own, is none of bert, " in errors[0]
 
 
 def test_fp16(tmp_path, bert, export):

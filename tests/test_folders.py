@@ -322,6 +322,13 @@ def test_a_refused_int8_leaves_no_older_one(
     assert files(output.parent) == FP32
 
 
+def test_a_float32_file_that_is_only_named_so_stays(saved: Path, tmp_path: Path) -> None:
+    assert export(saved, tmp_path / "out/tiny-int8.onnx").returncode == 0
+    done = export(saved, tmp_path / "out/tiny.onnx", "--dim", 16)
+    assert done.returncode == 0 and "removed" not in done.stderr
+    assert files(tmp_path / "out") == sorted(FP32 + INT8)
+
+
 @pytest.mark.parametrize("change", ["weights", "options", "damage", "nothing"])
 def test_an_export_leaves_no_int8_of_another_model(
     change: str, exported: list[object], saved: Path, tmp_path: Path

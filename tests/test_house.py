@@ -100,6 +100,7 @@ def test_examples_import_nothing_of_the_repository() -> None:
         ("the default prompt of a model", r"default_prompt_name\)"),
         ("the command line without paths", r"shlex\.join\(\[\"python\""),
         ("running an exported file", r"session\.run\("),
+        ("families that are computed as BERT is", r"\"camembert\""),
     ],
 )
 def test_written_once(what: str, pattern: str) -> None:

@@ -156,7 +156,8 @@ def test_what_is_not_packed_says_so_and_keeps_its_forward(
     capsys.readouterr()
     pack_sentences(model)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"note: {config.model_type} trains with padding: only bert, ")
+    family = "bert, a decoder," if getattr(config, "is_decoder", False) else "distilbert"
+    assert line.startswith(f"note: {family} trains with padding: only bert, ")
     assert "forward" not in vars(model[0].model)
 
 
