@@ -276,8 +276,9 @@ def load_encoder(
             )
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
-        elif _position_table(model) is not None and model.max_seq_length > positions:
-            model.max_seq_length = positions  # declared, or the library's: all rows of the table
+        elif _position_table(model) and None not in (positions, model.max_seq_length):
+            # Declared, or the library's, which counts all rows of the table.
+            model.max_seq_length = min(positions, model.max_seq_length)
     return model
 
 
@@ -312,8 +313,9 @@ def architecture(model: SentenceTransformer) -> str:
     return config.model_type + ", a decoder," * bool(getattr(config, "is_decoder", False))
 
 
-def _position_table(model: SentenceTransformer) -> torch.nn.Module | None:
-    return getattr(getattr(model[0].model, "embeddings", None), "position_embeddings", None)
+def _position_table(model: SentenceTransformer) -> torch.nn.Embedding | None:
+    table = getattr(getattr(model[0].model, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, torch.nn.Embedding) else None
 
 
 def first_position(model: SentenceTransformer) -> int:
