@@ -6,11 +6,13 @@ damaged, unfinished or no encoder at all gives the same one clear line everywher
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -340,6 +342,15 @@ def model_folder(model: SentenceTransformer) -> Path:
     return Path(model[0].model.name_or_path)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes an `OSError` of what torch and safetensors raise when the disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(None, f"not written: {first_line(error)}", str(folder)) from None
+
+
 def save_encoder(
     model: SentenceTransformer, folder: Path, *, trust_remote_code: bool = False
 ) -> None:
@@ -350,13 +361,14 @@ def save_encoder(
     stay. The model card is the caller's.
 
     Raises:
-        OSError: the written folder does not give the model's embeddings.
+        OSError: it cannot be written; the written folder does not give the model's embeddings.
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        model.save_pretrained(str(staging), create_model_card=False)
-        _write_old_layout(model, staging)
+        with writing(folder):
+            model.save_pretrained(str(staging), create_model_card=False)
+            _write_old_layout(model, staging)
         lift_code(staging)
         _check_saved(model, staging, trust_remote_code)
     except BaseException:

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Transformer
@@ -39,8 +38,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from common.averaging import add_to_mean, try_means
 from common.batches import ArrayCollator, move_batch, tokenizing_processes
 from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
-from common.command_line import UserError, first_line
-from common.encoders import check_embeddings, default_prompt, load_encoder
+from common.command_line import UserError
+from common.encoders import check_embeddings, default_prompt, load_encoder, writing
 from common.evaluation import SCORE_KEYS, spearman_line
 from common.graphs import use_graphs
 from common.machine import cost, cost_of, process_cost
@@ -290,18 +289,16 @@ class RecipeTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_losses()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with writing(folder):
             super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            # What torch and safetensors say when the disk is full.
-            raise OSError(None, f"not written: {first_line(error)}", str(folder)) from None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with self.as_saved():
                 np.save(folder / EMBEDDINGS, check_embeddings(self.model))
             averaged = self.points.averaged_steps(self.state.max_steps, self.keep_last)
             if self.state.global_step in averaged:
-                add_to_mean(folder, self.model, averaged)
+                with writing(folder):
+                    add_to_mean(folder, self.model, averaged)
             kept = 1 if averaged else self.keep_last
             seal_checkpoint(folder, self.state.best_global_step, kept)
 

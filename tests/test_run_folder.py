@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -198,6 +200,33 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
     assert done.returncode == 0, done.stderr
     expected, actual = weights(tmp_path / "whole"), weights(folder)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("where", ["training.add_to_mean", "run_folder.save_encoder"])
+def test_a_disk_that_is_full_later_than_the_optimizer_ends_in_one_line_too(
+    where: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 3, "--save_steps", 1, "--average_checkpoints", 2, "--no_test"]
+    room, module = resource.getrlimit(resource.RLIMIT_FSIZE), f"common.{where.split('.')[0]}"
+    write = getattr(importlib.import_module(module), where.split(".")[1])
+
+    def write_with_little_room(*arguments: object, **more: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, room[1]))
+        try:
+            write(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"common.{where}", write_with_little_room)
+        done = run("training_sts.py", encoder, *options, "--run_dir", folder)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {folder}") and "not written: " in line
+    assert not [*folder.glob("mod*.json"), *folder.glob(".saving")]
+    done = run("training_sts.py", encoder, *options, "--run_dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_output_folder_that_cannot_be_written(encoder: Path, tmp_path: Path) -> None:
