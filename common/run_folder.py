@@ -123,19 +123,24 @@ def check_folder(args: argparse.Namespace) -> None:
         if args.run_dir and args.run_dir.exists() and any(args.run_dir.glob("[!.]*")):
             raise UserError(f"--run_dir {args.run_dir}: not empty; --resume goes on with a run")
         return
-    if not (args.run_dir / "run.json").is_file():
+    file = args.run_dir / "run.json"
+    if not file.is_file():
         raise UserError(f"--resume: {args.run_dir}: no run.json: no run to go on with")
-    run = read_json(args.run_dir / "run.json")
-    if run["finished"]:
-        raise UserError(f"{args.run_dir}: this run finished at {run['finished']}")
+    try:
+        run = read_json(file)
+        finished, before = run["finished"], dict(run["options"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {file}: damaged: train again in another folder") from None
+    if finished:
+        raise UserError(f"{args.run_dir}: this run finished at {finished}")
     # What is saved is what is averaged.
     free = {*FREE_ON_RESUME} if args.average_checkpoints > 1 else {*FREE_ON_RESUME, "save_steps"}
     if args.leave_out:
         free -= {"no_test"}  # what is left out depends on it
     for name, value in _options(args).items():
-        before = run["options"].get(name)
-        if name not in free and before != value:
-            raise UserError(f"--resume: --{name} is {value} now and was {before}: not that run")
+        if name not in free and before.get(name) != value:
+            was = before.get(name)
+            raise UserError(f"--resume: --{name} is {value} now and was {was}: not that run")
 
 
 def open_run(

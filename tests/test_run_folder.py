@@ -20,6 +20,7 @@ from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
 from common.checkpoints import changed_file, checkpoints, last_checkpoint, step_of
+from common.command_line import UserError
 
 
 def checkpoint_states(folder: Path, name: str) -> set[str]:
@@ -127,6 +128,24 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
         second = run("training_sts.py", encoder, *options, "--resume")
     assert second.returncode == 2
     assert "another run is at work in this folder" in second.stderr
+
+
+@pytest.mark.parametrize("content", ["", '{"finished": nu', "{}", "[]"])
+def test_a_cut_off_file_stops_a_resume_in_one_line(
+    content: str, encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 1, "--no_test", "--run_dir", tmp_path / "run", "--resume"]
+    (tmp_path / "run/checkpoints/checkpoint-1").mkdir(parents=True)
+    run_file = tmp_path / "run/run.json"
+    run_file.write_text(content)
+    done = run("training_sts.py", encoder, *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: --resume: {run_file}: damaged: train again in another folder\n"
+    manifest = tmp_path / "run/checkpoints/checkpoint-1/manifest.json"
+    manifest.write_text(content)
+    says = "weights alone" if content in ("{}", "[]") else f"{manifest}: damaged"
+    with pytest.raises(UserError, match=says):
+        last_checkpoint(manifest.parent.parent)
 
 
 @pytest.mark.parametrize("stops_early", [False, True])
