@@ -258,7 +258,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     def stored(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [stored(name, part) for part in value]
-        is_place = isinstance(value, Path) or name == "model_name_or_path"
+        is_place = isinstance(value, Path) or (name in ("model_name_or_path", "guide") and value)
         return without_folder(str(value)) if is_place else value
 
     return {name: stored(name, value) for name, value in vars(args).items()}
