@@ -27,13 +27,11 @@ from pathlib import Path
 import onnx
 import pandas as pd
 import torch
-from huggingface_hub import metadata_load
 from onnx import helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer
-from yaml import YAMLError
 
 HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
@@ -42,9 +40,10 @@ from check_onnx import OPSET, CheckFailed, check_file, write_golden  # noqa: E40
 from measure_onnx import expected_loss, measure, score_files, score_line, write_results  # noqa: E402
 from quantize_onnx import calibrate, choose_int8, weight_bytes  # noqa: E402
 
-from common.command_line import UserError, command_line, first_line, read_json  # noqa: E402
+from common.command_line import UserError, command_line, read_json  # noqa: E402
 from common.data import DATA_DIR, read_korsts  # noqa: E402
 from common.encoders import POOLINGS, default_prompt, load_encoder, model_folder, weight_files  # noqa: E402
+from common.model_card import licence_of  # noqa: E402
 from common.results import onnx_table  # noqa: E402
 
 BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -235,17 +234,6 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         "dimension": dim,
         "prompt": default_prompt(model),
     }
-
-
-def licence_of(folder: Path) -> str:
-    """Returns the licence that the model card names; "unknown" where no card can be read."""
-    card = folder / "README.md"
-    try:
-        data = metadata_load(card) if card.is_file() else None
-    except (ValueError, YAMLError) as error:
-        print(f"note: {card}: licence unknown: {first_line(error)}", file=sys.stderr)
-        return "unknown"
-    return str((data or {}).get("license") or "unknown")
 
 
 def write_files(
