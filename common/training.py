@@ -53,7 +53,8 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
     """Seeds torch and loads the encoder with the prompt and the dropouts that it trains with.
 
     Raises:
-        UserError: no transformer with a pad token; a dim above its width; no such dropout.
+        UserError: no transformer with a pad token; a dim above its width; no such dropout; a length
+            that prompt and special tokens fill.
     """
     set_seed(args.seed)
     name, options = args.model_name_or_path, ("attention_dropout", "hidden_dropout")
@@ -80,6 +81,12 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
             model.prompts, model.default_prompt_name = {"default": args.prompt}, "default"
     elif others and not declared:
         print(f"note: {name}: no prompt is its default, none used of {others}", file=sys.stderr)
+    filled = len(model.tokenizer(default_prompt(model).rstrip())["input_ids"])
+    if filled >= args.max_seq_length:
+        raise UserError(
+            f"--max_seq_length {args.max_seq_length}: no room for text: prompt and special tokens "
+            f"are {filled}"
+        )
     width = model.get_embedding_dimension()
     if args.matryoshka_dims and args.matryoshka_dims[0] > width:
         raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
