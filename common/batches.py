@@ -5,6 +5,7 @@ In an order a batch is a list of row numbers. What a row holds is the recipe's b
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,16 +30,24 @@ HOST_MASK = "attention_mask_on_host"  # of a GPU's batch, the same as the CPU ha
 def shuffled_batches(
     rows: int, batch_size: int, seed: int, world_size: int = 1
 ) -> Iterator[list[int]]:
-    """Yields batches of row numbers without end, each pass over the rows in a new order.
+    """Returns batches of row numbers without end, each pass over the rows in a new order.
 
     The last batch of a pass is what is left, as in the original's loader; of it, rows that
     world_size processes cannot share equally wait for the next pass.
+
+    Raises:
+        UserError: fewer rows than processes, at the call.
     """
+    if rows < world_size:
+        raise UserError(f"{rows} pairs to train on cannot be shared by {world_size} processes")
     generator = np.random.default_rng(seed)
-    while True:
-        order = generator.permutation(rows)[: rows - rows % world_size].tolist()
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+    kept = rows - rows % world_size
+    orders = (generator.permutation(rows)[:kept].tolist() for _ in itertools.count())
+    return (
+        order[start : start + batch_size]
+        for order in orders
+        for start in range(0, kept, batch_size)
+    )
 
 
 def no_duplicates_batches(

@@ -87,8 +87,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def changed_file(checkpoint: Path) -> Path | None:
-    """Returns the first file of a checkpoint that is not what its manifest says."""
-    for name, expected in read_json(checkpoint / MANIFEST).items():
+    """Returns the first file of a checkpoint that is not what its manifest says, or the manifest
+    where it says nothing: cut off, as after a power failure."""
+    try:
+        hashes = dict(read_json(checkpoint / MANIFEST))
+    except (ValueError, TypeError):
+        return checkpoint / MANIFEST
+    for name, expected in hashes.items():
         path = checkpoint / name
         if not path.is_file() or file_sha256(path) != expected:
             return path

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -79,6 +81,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an `OSError` of what torch and safetensors raise when the disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(None, f"not written: {first_line(error)}", str(path)) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -365,6 +365,7 @@ def save_encoder(
 
     Raises:
         OSError: the written folder does not give the model's embeddings.
+        SafetensorError, RuntimeError: it cannot be written.
     """
     staging = folder / ".saving"
     shutil.rmtree(staging, ignore_errors=True)

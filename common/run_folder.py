@@ -37,6 +37,7 @@ from common.command_line import (
     without_folder,
     write_json,
     write_text,
+    writing,
 )
 from common.data import is_korsts_test
 from common.encoders import model_folder, save_encoder, weight_files
@@ -123,19 +124,24 @@ def check_folder(args: argparse.Namespace) -> None:
         if args.run_dir and args.run_dir.exists() and any(args.run_dir.glob("[!.]*")):
             raise UserError(f"--run_dir {args.run_dir}: not empty; --resume goes on with a run")
         return
-    if not (args.run_dir / "run.json").is_file():
+    file = args.run_dir / "run.json"
+    if not file.is_file():
         raise UserError(f"--resume: {args.run_dir}: no run.json: no run to go on with")
-    run = read_json(args.run_dir / "run.json")
-    if run["finished"]:
-        raise UserError(f"{args.run_dir}: this run finished at {run['finished']}")
+    try:
+        run = read_json(file)
+        finished, before = run["finished"], dict(run["options"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {file}: damaged: train again in another folder") from None
+    if finished:
+        raise UserError(f"{args.run_dir}: this run finished at {finished}")
     # What is saved is what is averaged.
     free = {*FREE_ON_RESUME} if args.average_checkpoints > 1 else {*FREE_ON_RESUME, "save_steps"}
     if args.leave_out:
         free -= {"no_test"}  # what is left out depends on it
     for name, value in _options(args).items():
-        before = run["options"].get(name)
-        if name not in free and before != value:
-            raise UserError(f"--resume: --{name} is {value} now and was {before}: not that run")
+        if name not in free and before.get(name) != value:
+            was = before.get(name)
+            raise UserError(f"--resume: --{name} is {value} now and was {was}: not that run")
 
 
 def open_run(
@@ -253,7 +259,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     def stored(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [stored(name, part) for part in value]
-        is_place = isinstance(value, Path) or name == "model_name_or_path"
+        is_place = isinstance(value, Path) or (name in ("model_name_or_path", "guide") and value)
         return without_folder(str(value)) if is_place else value
 
     return {name: stored(name, value) for name, value in vars(args).items()}
@@ -319,7 +325,8 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
         plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
         card = model_card(run.folder.name, run.args, content["data"], result.model, scores)
         write_text(run.folder / "README.md", card)
-        save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
+        with writing(run.folder):
+            save_encoder(result.model, run.folder, trust_remote_code=run.args.trust_remote_code)
     content |= {"weights": weight_hashes(run.folder), "whole": process_cost(), "finished": _now()}
     write_json(run.folder / "run.json", content)
     if run.lock is not None:

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Transformer
@@ -39,7 +38,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from common.averaging import add_to_mean, try_means
 from common.batches import ArrayCollator, move_batch, tokenizing_processes
 from common.checkpoints import EMBEDDINGS, read_back, seal_checkpoint, step_of
-from common.command_line import UserError, first_line
+from common.command_line import UserError, writing
 from common.encoders import check_embeddings, default_prompt, load_encoder
 from common.evaluation import SCORE_KEYS, spearman_line
 from common.graphs import use_graphs
@@ -54,7 +53,8 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
     """Seeds torch and loads the encoder with the prompt and the dropouts that it trains with.
 
     Raises:
-        UserError: no transformer with a pad token; a dim above its width; no such dropout.
+        UserError: no transformer with a pad token; a dim above its width; no such dropout; a length
+            that prompt and special tokens fill.
     """
     set_seed(args.seed)
     name, options = args.model_name_or_path, ("attention_dropout", "hidden_dropout")
@@ -81,6 +81,12 @@ def load_model(args: argparse.Namespace) -> SentenceTransformer:
             model.prompts, model.default_prompt_name = {"default": args.prompt}, "default"
     elif others and not declared:
         print(f"note: {name}: no prompt is its default, none used of {others}", file=sys.stderr)
+    filled = len(model.tokenizer(default_prompt(model).rstrip())["input_ids"])
+    if filled >= args.max_seq_length:
+        raise UserError(
+            f"--max_seq_length {args.max_seq_length}: no room for text: prompt and special tokens "
+            f"are {filled}"
+        )
     width = model.get_embedding_dimension()
     if args.matryoshka_dims and args.matryoshka_dims[0] > width:
         raise UserError(f"--matryoshka_dims {args.matryoshka_dims[0]}: the model has {width}")
@@ -290,18 +296,16 @@ class RecipeTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_losses()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with writing(folder):
             super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
-            # What torch and safetensors say when the disk is full.
-            raise OSError(None, f"not written: {first_line(error)}", str(folder)) from None
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with self.as_saved():
                 np.save(folder / EMBEDDINGS, check_embeddings(self.model))
             averaged = self.points.averaged_steps(self.state.max_steps, self.keep_last)
             if self.state.global_step in averaged:
-                add_to_mean(folder, self.model, averaged)
+                with writing(folder):
+                    add_to_mean(folder, self.model, averaged)
             kept = 1 if averaged else self.keep_last
             seal_checkpoint(folder, self.state.best_global_step, kept)
 

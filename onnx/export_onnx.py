@@ -26,13 +26,11 @@ from pathlib import Path
 
 import onnx
 import torch
-from huggingface_hub import metadata_load
 from onnx import helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer
-from yaml import YAMLError
 
 HERE = Path(__file__).resolve().parent
 sys.path.extend([str(HERE), str(HERE.parent)])  # the scripts' own modules, from any folder
@@ -52,6 +50,7 @@ from common.encoders import (  # noqa: E402
     model_folder,
     weight_files,
 )
+from common.model_card import licence_of  # noqa: E402
 from common.results import onnx_table  # noqa: E402
 
 MAX_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the graph itself
@@ -245,17 +244,6 @@ def settings_of(name: str, model: SentenceTransformer, dim: int) -> Settings:
         "dimension": dim,
         "prompt": default_prompt(model),
     }
-
-
-def licence_of(folder: Path) -> str:
-    """Returns the licence that the model card names; "unknown" where no card can be read."""
-    card = folder / "README.md"
-    try:
-        data = metadata_load(card) if card.is_file() else None
-    except (ValueError, YAMLError) as error:
-        print(f"note: {card}: licence unknown: {first_line(error)}", file=sys.stderr)
-        return "unknown"
-    return str((data or {}).get("license") or "unknown")
 
 
 def write_files(

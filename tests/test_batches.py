@@ -38,6 +38,12 @@ def test_shuffled_batches_cover_every_row_each_pass_in_a_new_order() -> None:
     assert [len(batch) for batch in shared] == [8, 8, 4]
 
 
+def test_fewer_rows_than_processes_are_refused_before_a_batch_is_asked_for() -> None:
+    with pytest.raises(UserError, match="1 pairs to train on cannot be shared by 2 processes"):
+        shuffled_batches(1, 8, 777, 2)
+    assert next(shuffled_batches(2, 8, 777, 2)) in ([0, 1], [1, 0])
+
+
 def test_nli_batches_hold_no_text_twice_and_go_on_through_the_data() -> None:
     files = [SAMPLES / f"KorNLI/{name}" for name in
              ("multinli.train.ko.tsv", "snli_1.0_train.ko.tsv")]  # fmt: skip

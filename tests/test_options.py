@@ -56,3 +56,18 @@ def test_a_dim_above_the_model_and_a_length_above_its_positions(encoder: Path) -
         load_model(options_of(*model, "--max_seq_length", "48", "--matryoshka_dims", "64,32"))
     with pytest.raises(UserError, match="has 64 positions"):
         load_model(options_of(*model, "--max_seq_length", "65"))
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "filled"), [(1, "", 2), (2, "", 2), (3, None, 2), (3, "a", 3), (5, "a", 3)]
+)
+def test_a_length_that_prompt_and_special_tokens_fill(
+    length: int, prompt: str | None, filled: int, encoder: Path
+) -> None:
+    options = ["--model_name_or_path", str(encoder), "--max_seq_length", str(length)]
+    args = options_of(*options, *(() if prompt is None else ("--prompt", prompt)))
+    if length > filled:
+        assert load_model(args).max_seq_length == length
+        return
+    with pytest.raises(UserError, match=f"--max_seq_length {length}: no room .* are {filled}$"):
+        load_model(args)

@@ -102,6 +102,27 @@ def test_a_stage_goes_on_from_a_run_folder_and_a_dead_run_says_so(
     assert not (tmp_path / "never").exists()
 
 
+def test_a_card_keeps_the_licence_of_the_stage_before_and_no_place(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = "".join(f"문장 {row},글 {row},{row % 5}\n" for row in range(12))
+    (tmp_path / "own.csv").write_text("sentence1,sentence2,score\n" + rows, encoding="utf-8")
+    own = ["--train_file", tmp_path / "own.csv", "--dev_file", tmp_path / "own.csv"]
+    own += ["--max_score", 4, "--max_steps", 1, "--no_test"]
+
+    def card(model: str | Path, name: str, *options: object) -> str:
+        done = run("training_sts.py", model, *options, "--run_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / name / "README.md").read_text(encoding="utf-8")
+
+    assert "license: cc-by-sa-4.0" in card(encoder, "first", "--max_steps", 1, "--no_test")
+    second = card("~/first", "second", *own)
+    assert "license: cc-by-sa-4.0" in second and "trained from\n`first` with" in second
+    assert "base_model" not in second and "~" not in second
+    assert "license" not in card(encoder, "alone", *own)
+
+
 def test_base_and_trained_model_come_from_the_hub_and_go_to_it(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -18,6 +20,7 @@ from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
 from common.checkpoints import changed_file, checkpoints, last_checkpoint, step_of
+from common.command_line import UserError
 
 
 def checkpoint_states(folder: Path, name: str) -> set[str]:
@@ -127,6 +130,24 @@ def test_a_damaged_checkpoint_and_a_finished_run_stop_a_resume(
     assert "another run is at work in this folder" in second.stderr
 
 
+@pytest.mark.parametrize("content", ["", '{"finished": nu', "{}", "[]"])
+def test_a_cut_off_file_stops_a_resume_in_one_line(
+    content: str, encoder: Path, tmp_path: Path
+) -> None:
+    options = ["--max_steps", 1, "--no_test", "--run_dir", tmp_path / "run", "--resume"]
+    (tmp_path / "run/checkpoints/checkpoint-1").mkdir(parents=True)
+    run_file = tmp_path / "run/run.json"
+    run_file.write_text(content)
+    done = run("training_sts.py", encoder, *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: --resume: {run_file}: damaged: train again in another folder\n"
+    manifest = tmp_path / "run/checkpoints/checkpoint-1/manifest.json"
+    manifest.write_text(content)
+    says = "weights alone" if content in ("{}", "[]") else f"{manifest}: damaged"
+    with pytest.raises(UserError, match=says):
+        last_checkpoint(manifest.parent.parent)
+
+
 @pytest.mark.parametrize("stops_early", [False, True])
 def test_checkpoints_hold_no_more_than_a_run_needs(
     stops_early: bool, encoder: Path, tmp_path: Path
@@ -198,6 +219,33 @@ def test_a_full_disk_ends_in_one_line_and_loses_no_checkpoint(
     assert done.returncode == 0, done.stderr
     expected, actual = weights(tmp_path / "whole"), weights(folder)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("where", ["training.add_to_mean", "run_folder.save_encoder"])
+def test_a_disk_that_is_full_later_than_the_optimizer_ends_in_one_line_too(
+    where: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--max_steps", 3, "--save_steps", 1, "--average_checkpoints", 2, "--no_test"]
+    room, module = resource.getrlimit(resource.RLIMIT_FSIZE), f"common.{where.split('.')[0]}"
+    write = getattr(importlib.import_module(module), where.split(".")[1])
+
+    def write_with_little_room(*arguments: object, **more: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, room[1]))
+        try:
+            write(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"common.{where}", write_with_little_room)
+        done = run("training_sts.py", encoder, *options, "--run_dir", folder)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {folder}") and "not written: " in line
+    assert not [*folder.glob("mod*.json"), *folder.glob(".saving")]
+    done = run("training_sts.py", encoder, *options, "--run_dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_output_folder_that_cannot_be_written(encoder: Path, tmp_path: Path) -> None:
