@@ -10,7 +10,11 @@
 # KORNLU_URL  where to clone it from
 # KorNLUDatasets and the klue models are CC BY-SA 4.0, the demo's encoder is MIT.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [[ -n ${DATA_DIR:-} && $DATA_DIR != /* && $PWD != "$here" ]]; then
+    DATA_DIR=$here/$DATA_DIR # of where it was called
+fi
 DATA_DIR=${DATA_DIR:-KorNLUDatasets}
 KORNLU_URL=${KORNLU_URL:-https://github.com/kakaobrain/KorNLUDatasets}
 

@@ -86,7 +86,7 @@ def main() -> None:
     batches = list(share(batches, 0, processes))
     epoch_ends = range(steps_per_epoch, steps, steps_per_epoch)
 
-    # 4. Model and loss: each process has all processes' texts as negatives
+    # 4. Model and loss: mnr has the texts of all processes as negatives
     model, options = load_model(args), {}
     guide = args.guide and load_encoder(args.guide, trust_remote_code=args.trust_remote_code)
     if guide:

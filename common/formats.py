@@ -228,7 +228,7 @@ def read_pairs(path: str | Path, max_score: float | None) -> tuple[pd.DataFrame,
     if _has_header(path, content, STS_COLUMNS):
         return read_korsts(path), MAX_SCORE
     rows = _read_rows(path, content)
-    if rows.unit and "labels" in rows.frame.columns:
+    if rows.unit and "labels" in rows.frame.columns and "score" not in rows.frame.columns:
         return read_klue_sts(path).drop(columns="label"), MAX_SCORE
     expected = f"{', '.join(PAIR_COLUMNS)} (any order), or be a KorSTS or KLUE-STS file"
     table = _checked(rows, PAIR_COLUMNS, expected)

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 
 def load_encoder(name: str) -> SentenceTransformer:
-    model = SentenceTransformer(name, device="cpu")
+    model = SentenceTransformer(name, device="cpu").float()  # weights may be kept in half
     # Where a model declares no prompt for documents sentence-transformers adds an empty one, which
     # would be taken before the model's default prompt.
     model.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}

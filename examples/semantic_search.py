@@ -46,7 +46,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        model = SentenceTransformer(args.model)
+        model = SentenceTransformer(args.model).float()  # weights may be kept in half
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not Path(args.model).is_dir():

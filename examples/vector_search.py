@@ -358,7 +358,7 @@ def load_model(name: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(name).float()  # weights may be kept in half
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         for path in Path(name).rglob("*"):

@@ -23,8 +23,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
 sys.path.append(str(EXAMPLES))
 
+import encode_corpus  # noqa: E402
 import semantic_search  # noqa: E402
 import semantic_search_onnx  # noqa: E402
+import vector_search  # noqa: E402
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 # What git leaves of a large file where Git-LFS is not installed.
@@ -43,6 +45,27 @@ def run(
         return run_script(EXAMPLES / name, *options, cwd=cwd)
     line = [sys.executable, str(EXAMPLES / name), *map(str, options)]
     return subprocess.run(line, capture_output=True, text=True, env=env, cwd=cwd)
+
+
+@pytest.mark.parametrize("name", ["semantic_search.py", "vector_search.py", "encode_corpus.py"])
+def test_weights_kept_in_half_precision_compute_in_float32(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SentenceTransformer(str(tiny), device="cpu").half().save_pretrained(str(tmp_path / "half"))
+    found, encode = [], SentenceTransformer.encode
+
+    def noted(self: SentenceTransformer, *args: object, **kwargs: object) -> object:
+        found.append(next(self.parameters()).dtype)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", noted)
+    if name == "semantic_search.py":
+        assert run(name, "--model", tmp_path / "half").returncode == 0
+    elif name == "vector_search.py":
+        vector_search.load_model(str(tmp_path / "half")).encode("하나")
+    else:
+        encode_corpus.load_encoder(str(tmp_path / "half")).encode("하나")
+    assert set(found) == {torch.float32}
 
 
 # --- semantic_search.py ----------------------------------------------------------------------

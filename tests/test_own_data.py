@@ -77,6 +77,15 @@ def test_each_form_gives_the_same_pairs(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_other_columns_are_left_alone_whatever_their_name(form: str, tmp_path: Path) -> None:
+    pairs = sample_pairs("train")
+    other = pairs.assign(labels="x", source="mine", anchor="y", guid=1)
+    expected, _ = read_pairs(write(pairs, tmp_path / f"mine.{form}"), 10)
+    table, _ = read_pairs(write(other, tmp_path / f"other.{form}"), 10)
+    pd.testing.assert_frame_equal(table, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])
 def test_each_form_gives_the_same_triplets(kind: str, form: str, tmp_path: Path) -> None:
     expected = sample_triplets(20, kind)

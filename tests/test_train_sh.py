@@ -34,10 +34,10 @@ def copy_of_train_sh(tmp_path: Path, python: str, roberta_base: str = "") -> Pat
 
 
 def train_sh(
-    folder: Path, *arguments: str, data: Path = SAMPLES
+    folder: Path, *arguments: str, data: Path | str = SAMPLES, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(folder / "train.sh"), *arguments], capture_output=True, text=True,
+        ["bash", str(folder / "train.sh"), *arguments], capture_output=True, text=True, cwd=cwd,
         env={"PATH": "/usr/bin:/bin", "DATA_DIR": str(data), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
@@ -51,6 +51,16 @@ def test_the_recipes_are_those_of_the_readme(tmp_path: Path) -> None:
     rows = re.findall(r"^\| `(ko-[a-z0-9-]+)`.*\| `(python training_[^`]+)` \|", readme, re.M)
     assert len(rows) == 9
     assert {command for _, command in rows} <= ran
+
+
+def test_data_dir_is_counted_from_where_the_script_is_called(tmp_path: Path) -> None:
+    folder, elsewhere = copy_of_train_sh(tmp_path, "/bin/true"), tmp_path / "else where"
+    for place in (folder, elsewhere):
+        (place / "data").mkdir(parents=True)
+    for place, shown in ((folder, "data"), (elsewhere, f"'{elsewhere}/data'")):
+        done = train_sh(folder, "ko-sroberta-sts", data="data", cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.rstrip().endswith(f" --data_dir {shown}")
 
 
 @pytest.mark.parametrize("name", ["ko-sroberta", "demo2", "ko-sroberta-v2 x"])
