@@ -371,6 +371,8 @@ def generated_parts(results_dir: Path) -> dict[str, str]:
 
 def update_tables(files: list[Path], results_dir: Path) -> None:
     """Writes the generated parts of the Markdown files (none: all of them), and the plots."""
+    if not results_dir.is_dir():
+        raise UserError(f"--results_dir {results_dir}: no such folder: no tables to write")
     parts = generated_parts(results_dir)
     for file in files or results.markdown_files(REPOSITORY):
         results.write_parts(file, parts)

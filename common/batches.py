@@ -5,11 +5,13 @@ In an order a batch is a list of row numbers. What a row holds is the recipe's b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import get_start_method
+from multiprocessing import get_start_method, parent_process
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
+from torch.utils.data import get_worker_info
 
 from common.command_line import UserError
 
@@ -109,6 +112,21 @@ def tokenizing_processes() -> int:
     return min(max(2, cores // 2), 8)
 
 
+@functools.cache  # once a process
+def end_with_parent() -> None:
+    """Has this process end as soon as the one that forked it is gone.
+
+    torch's tokenizing processes look for it too, but not while they hold a batch that nobody
+    takes: those of a run that is killed would stay for ever.
+    """
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class ArrayCollator(SentenceTransformerDataCollator):
     """Tokenizes batches to arrays, which a process that does it sends through a pipe.
 
@@ -116,6 +134,8 @@ class ArrayCollator(SentenceTransformerDataCollator):
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            end_with_parent()
         batch = super().__call__(features)
         return {
             name: value.numpy() if isinstance(value, torch.Tensor) else value

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def command_line() -> Iterator[None]:
     """Ends a script as its users expect: errors in one line, no traceback.
 
     Exit status 2 for a `UserError` (bad arguments or data), 1 for what the machine refuses (a full
-    disk, a folder without write permission), 130 after Ctrl-C.
+    disk, a folder without write permission) and for a command that fails, 130 after Ctrl-C.
     """
     threading.excepthook = _end_thread
     for stream in (sys.stdout, sys.stderr):
@@ -48,6 +49,10 @@ def command_line() -> Iterator[None]:
         sys.exit(130)
     except FloatingPointError as error:  # a loss or an embedding that is not finite
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except subprocess.CalledProcessError as error:  # it has said why
+        command, status = shlex.join(map(str, error.cmd)), error.returncode
+        print(f"error: exit status {status} of: {command}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(_system_line(error), file=sys.stderr)
@@ -107,6 +112,15 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Returns a JSON file's content."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def form_of(path: Path, what: str) -> Iterator[None]:
+    """Makes a `UserError` of a stored file that is damaged, or of another form than the code."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: {what}") from None
 
 
 def file_sha256(path: Path) -> str:

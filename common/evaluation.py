@@ -28,7 +28,7 @@ def similarities(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray
         (4, pairs) float64 in the order of `SIMILARITIES`; distances are negated.
 
     Raises:
-        ValueError: an embedding is NaN or infinite.
+        ValueError: an embedding is NaN or infinite, or so large that a similarity is.
     """
     # Late: who only formats scores (the tables) need not wait for torch.
     import torch
@@ -45,6 +45,8 @@ def similarities(embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray
     if not (first.isfinite().all() and second.isfinite().all()):
         raise ValueError("embeddings hold NaN or infinite values")
     rows = [function(first, second).numpy() for function in functions]
+    if not np.isfinite(rows).all():
+        raise ValueError("embeddings are so large that their similarities are infinite")
     return np.stack(rows).astype(np.float64)
 
 

@@ -32,7 +32,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common.command_line import UserError, read_json
+from common.command_line import UserError, form_of, read_json
 from common.results import NOT_MEASURED
 
 GROUPS = ("original", "v2", "ablation", "short", "nli", "other")
@@ -366,36 +366,38 @@ def training_part(path: Path) -> str:
     """Returns the table of what a training step costs, from measure_training.py's report."""
     if not path.is_file():
         return NOT_MEASURED
-    report, cells = read_json(path), []
-    for size in report["steps"]:
-        old = report["medians"][f"old, batch {size}"]["cpu_seconds_per_step"]
-        for way, label in STEPS.items():
-            median = report["medians"][f"{way}, batch {size}"]
-            cpu = median["cpu_seconds_per_step"]
-            ratio = "" if way == "old" else f" ({cpu / old:.2f}x)"
-            figures = [f"{cpu:.2f}{ratio}", f"{median['wall_seconds_per_step']:.2f}"]
-            figures.append(_count(median.get("peak_memory_mb")))
-            if way == "new":
-                figures = [f"**{figure}**" for figure in figures]
-            cells.append([f"배치 {size}, {label}", *figures])
-    names = ("CPU초", "경과 시간(초)", "최대 메모리 MB")
-    return table({"한 스텝": "---"} | dict.fromkeys(names, "---:"), cells)
+    with form_of(path, "no report of measure_training.py"):
+        report, cells = read_json(path), []
+        for size in report["steps"]:
+            old = report["medians"][f"old, batch {size}"]["cpu_seconds_per_step"]
+            for way, label in STEPS.items():
+                median = report["medians"][f"{way}, batch {size}"]
+                cpu = median["cpu_seconds_per_step"]
+                ratio = "" if way == "old" else f" ({cpu / old:.2f}x)"
+                figures = [f"{cpu:.2f}{ratio}", f"{median['wall_seconds_per_step']:.2f}"]
+                figures.append(_count(median.get("peak_memory_mb")))
+                if way == "new":
+                    figures = [f"**{figure}**" for figure in figures]
+                cells.append([f"배치 {size}, {label}", *figures])
+        names = ("CPU초", "경과 시간(초)", "최대 메모리 MB")
+        return table({"한 스텝": "---"} | dict.fromkeys(names, "---:"), cells)
 
 
 def openvino_part(path: Path) -> str:
     """Returns the table of exported files beside OpenVINO, from measure_openvino.py's report."""
     if not path.is_file():
         return NOT_MEASURED
-    medians = read_json(path)["sentences_per_second"]
-    first = next(iter(medians.values()))
-    cells = [
-        [
-            RUNTIMES[name],
-            *(f"{value:,.0f} ({value / first[key]:.1f}x)" for key, value in row.items()),
+    with form_of(path, "no report of measure_openvino.py"):
+        medians = read_json(path)["sentences_per_second"]
+        first = next(iter(medians.values()))
+        cells = [
+            [
+                RUNTIMES[name],
+                *(f"{value:,.0f} ({value / first[key]:.1f}x)" for key, value in row.items()),
+            ]
+            for name, row in medians.items()
         ]
-        for name, row in medians.items()
-    ]
-    return table({"문장/초": "---", "배치 32": "---:", "배치 1": "---:"}, cells)
+        return table({"문장/초": "---", "배치 32": "---:", "배치 1": "---:"}, cells)
 
 
 def generated_parts(results_dir: Path, measurements: Path) -> dict[str, str]:

@@ -32,10 +32,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.command_line import UserError, read_json, write_json, write_text
+from common.command_line import UserError, form_of, read_json, write_json, write_text
 from common.evaluation import SCORE_KEYS
 
 COSINE_KEYS = ("cosine_pearson", "cosine_spearman")
+MEASURED_KEYS = ("intervals", "model", "data", "prompt", "embedding_precision", "device", "threads")
 NOT_MEASURED = "아직 측정하지 않았습니다."
 # Markdown pages speak Korean. What the benchmark prints is English, and these are its words.
 KOREAN = {
@@ -77,15 +78,19 @@ def read_results(results_dir: Path) -> list[dict]:
     """
     results = []
     for path in sorted(results_dir.glob("*.json")):
-        try:
+        with form_of(path, "no result of benchmark.py"):
             result = read_json(path)
-            result["name"], result["link"], result["dataset"], result["scores"]["cosine_spearman"]
-            if measured := result["source"] != "published":
-                result["intervals"]["cosine_spearman"], result["model"]["size_bytes"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: no result of benchmark.py") from None
-        if not measured or result["data"]["published"] is not False:
-            results.append(result)
+            is_published, scores = result["source"] == "published", result["scores"]
+            for key in SCORE_KEYS if result["dataset"] == "korsts" else COSINE_KEYS:
+                scores[key]
+            result["name"], result["link"], -scores["cosine_spearman"]
+            for key in MEASURED_KEYS if not is_published else ("published_in",):
+                result[key]
+            if not is_published:
+                result["intervals"]["cosine_spearman"]
+                result["model"]["size_bytes"], result["model"]["pooling_added"]
+            if is_published or result["data"]["published"] is not False:
+                results.append(result)
     return sorted(results, key=lambda row: (-row["scores"]["cosine_spearman"], row["name"]))
 
 
@@ -93,9 +98,10 @@ def nearest_published(results_dir: Path, score: float, count: int = 3) -> list[t
     """Returns (name, cosine Spearman) of the published KorSTS results nearest to a score."""
     rows = []
     for path in sorted(results_dir.glob("*.published.json")):
-        row = read_json(path)
-        if row["dataset"] == "korsts":
-            rows.append((row["name"], row["scores"]["cosine_spearman"]))
+        with form_of(path, "no result of benchmark.py"):
+            row = read_json(path)
+            if row["dataset"] == "korsts":
+                rows.append((row["name"], float(row["scores"]["cosine_spearman"])))
     nearest = sorted(rows, key=lambda row: (abs(row[1] - score), row[0]))[:count]
     return sorted(nearest, key=lambda row: -row[1])
 
@@ -268,17 +274,18 @@ def onnx_part(results_dir: Path) -> str:
     """Returns the tables of results_dir/onnx/*.json, each behind its command and machine."""
     sections = []
     for path in sorted((results_dir / "onnx").glob("*.json")):
-        result = read_json(path)
-        machine = ", ".join([result["machine"], *result["instruction_sets"]])
-        versions = result["versions"]
-        sections += [
-            f"`{result['command']}`",
-            f"({machine}, 스레드 {result['threads']}개, {result['date']}, "
-            f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']})",
-            "",
-            *onnx_table(result["rows"]),
-            "",
-        ]
+        with form_of(path, "no report of export_onnx.py"):
+            result = read_json(path)
+            machine = ", ".join([result["machine"], *result["instruction_sets"]])
+            versions = result["versions"]
+            sections += [
+                f"`{result['command']}`",
+                f"({machine}, 스레드 {result['threads']}개, {result['date']}, "
+                f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']})",
+                "",
+                *onnx_table(result["rows"]),
+                "",
+            ]
     return "\n".join(sections).rstrip("\n") or NOT_MEASURED
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from common.command_line import UserError, read_json
+from common.command_line import UserError, form_of, read_json
 from common.experiment_log import Comparison, table
 from common.results import NOT_MEASURED
 
@@ -175,42 +175,48 @@ def size_part(path: Path) -> str:
 
     A line below it names what was not measured on a GPU.
     """
-    report, cells = read_json(path) if path.is_file() else {}, []
-    missing: dict[str, list[str]] = {}  # of each recipe, the precisions
-    for kind, precisions in (("gpu", ("fp32", "tf32", "bf16")), ("cpu", ("fp32", "bf16"))):
-        side = report.get(kind, {"rows": {}})
-        machine = f"{side['machine']}, 스레드 {side['threads']}개" if side["rows"] else kind.upper()
-        memory = "peak_gpu_memory_mb" if kind == "gpu" else "peak_memory_mb"
-        for recipe, precision in itertools.product(SIZE_RECIPES, precisions):
-            name = f"{recipe}, {precision}"
-            label = [machine, SIZE_RECIPES[recipe], precision]
-            if row := side["rows"].get(name):
-                figures = [f"{row['hours_of_the_whole_recipe']:,.2f}", f"{row[memory]:,}"]
-                cells.append([*label, *figures, f"{row['steps_a_second']:#,.3g}"])
-            elif kind == "gpu":
-                missing.setdefault(SIZE_RECIPES[recipe], []).append(precision)
-            if row := side["rows"].get(f"{name}, library"):
-                label[1] += ", 라이브러리만"
-                cells.append([*label, "", f"{row[memory]:,}", f"{row['steps_a_second']:#,.3g}"])
-    columns = {"장치": "---", "레시피": "---", "정밀도": "---", "전체 시간(시간)": "---:"}
-    found = table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
-    names = ", ".join(f"{name}({', '.join(each)})" for name, each in missing.items())
-    return f"{found}\n\nGPU에서 측정하지 않음: {names}." if names else found
+    with form_of(path, "no report of size.py"):
+        report, cells = read_json(path) if path.is_file() else {}, []
+        missing: dict[str, list[str]] = {}  # of each recipe, the precisions
+        for kind, precisions in (("gpu", ("fp32", "tf32", "bf16")), ("cpu", ("fp32", "bf16"))):
+            side = report.get(kind, {"rows": {}})
+            machine = (
+                f"{side['machine']}, 스레드 {side['threads']}개" if side["rows"] else kind.upper()
+            )
+            memory = "peak_gpu_memory_mb" if kind == "gpu" else "peak_memory_mb"
+            for recipe, precision in itertools.product(SIZE_RECIPES, precisions):
+                name = f"{recipe}, {precision}"
+                label = [machine, SIZE_RECIPES[recipe], precision]
+                if row := side["rows"].get(name):
+                    figures = [f"{row['hours_of_the_whole_recipe']:,.2f}", f"{row[memory]:,}"]
+                    cells.append([*label, *figures, f"{row['steps_a_second']:#,.3g}"])
+                elif kind == "gpu":
+                    missing.setdefault(SIZE_RECIPES[recipe], []).append(precision)
+                if row := side["rows"].get(f"{name}, library"):
+                    label[1] += ", 라이브러리만"
+                    cells.append([*label, "", f"{row[memory]:,}", f"{row['steps_a_second']:#,.3g}"])
+        columns = {"장치": "---", "레시피": "---", "정밀도": "---", "전체 시간(시간)": "---:"}
+        found = table(columns | {"최대 메모리 MB": "---:", "스텝/초": "---:"}, cells)
+        names = ", ".join(f"{name}({', '.join(each)})" for name, each in missing.items())
+        return f"{found}\n\nGPU에서 측정하지 않음: {names}." if names else found
 
 
 def int8_part(path: Path) -> str:
     """Returns the table of what int8 loses, from measurements/int8.json."""
     if not path.is_file():
         return NOT_MEASURED
-    cells = []
-    for row in read_json(path)["rows"]:
-        cells.append([row["name"], f"{100 * row['size_ratio']:.1f}%", row["float32_layers"] or "-"])
-        for part in (row["dev"], row["test"]):
-            low, high = part["lost_interval"]
-            cells[-1] += [f"{part['fp32']:.2f}", f"{part['lost']:.2f} [{low:.2f}, {high:.2f}]"]
-    columns = {"모델": "---", "크기": "---:", "float32 층": "---"}
-    columns |= {"dev fp32": "---:", "dev 손실": "---:", "KorSTS-test fp32": "---:"}
-    return table(columns | {"KorSTS-test 손실 [95%]": "---:"}, cells)
+    with form_of(path, "no report of measure_int8.py"):
+        cells = []
+        for row in read_json(path)["rows"]:
+            cells.append(
+                [row["name"], f"{100 * row['size_ratio']:.1f}%", row["float32_layers"] or "-"]
+            )
+            for part in (row["dev"], row["test"]):
+                low, high = part["lost_interval"]
+                cells[-1] += [f"{part['fp32']:.2f}", f"{part['lost']:.2f} [{low:.2f}, {high:.2f}]"]
+        columns = {"모델": "---", "크기": "---:", "float32 층": "---"}
+        columns |= {"dev fp32": "---:", "dev 손실": "---:", "KorSTS-test fp32": "---:"}
+        return table(columns | {"KorSTS-test 손실 [95%]": "---:"}, cells)
 
 
 def generated_parts(

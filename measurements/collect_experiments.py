@@ -113,6 +113,10 @@ def main() -> None:
     for folder in args.runs:
         if not (folder / "run.json").is_file():
             raise UserError(f"{folder}: no run.json: not a run folder")
+    names = [folder.resolve().name for folder in args.runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two runs are named {name}: one would replace the other in the log")
     known = read_rows(args.results_dir)
     rows = []
     for folder in args.runs:

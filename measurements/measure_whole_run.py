@@ -28,6 +28,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
+from common.command_line import (  # noqa: E402
+    UserError,
+    command_line,
+    read_json,
+    stored_command,
+    write_json,
+)
+
 EPOCHS = 5  # the original's
 PARTS_OF_THE_ORIGINAL = ("training", "dev score", "saving and test")
 # train.sh's e5-small-ko-v2-epoch, but for its precision.
@@ -103,8 +111,6 @@ def fit_old(model_name: str, data_dir: Path, steps: int) -> dict[str, Any]:
 
 def original(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs the original; returns its row for `runs`, and what was measured."""
-    from common.command_line import read_json
-
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [args.old_python, __file__, "--old_report", report, "--model", args.model]
@@ -193,7 +199,6 @@ def measure(args: argparse.Namespace) -> None:
 
     import torch
 
-    from common.command_line import stored_command, write_json
     from common.machine import device_name
 
     runs = []
@@ -240,9 +245,12 @@ def main() -> None:
     if args.old_report:
         report = fit_old(args.model, args.data_dir, args.old_steps)
         args.old_report.write_text(json.dumps(report), encoding="utf-8")
+    elif not args.old_python:
+        raise UserError("--old_python is needed")
     else:
         measure(args)
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
-from commands import SAMPLES
+from commands import SAMPLES, Started
 
 from common import batches
 from common.batches import (
@@ -132,3 +134,36 @@ def test_half_of_the_cores_tokenize_for_a_gpu(
     assert tokenizing_processes() == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tokenizing_processes() == 0
+
+
+LOADS = """
+import sys
+import time
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from common.batches import ArrayCollator
+
+collator = ArrayCollator(preprocess_fn=lambda texts, **_: {"input_ids": torch.zeros(1, 100_000)})
+options = {"num_workers": 2, "collate_fn": collator, "multiprocessing_context": "fork"}
+batches = iter(DataLoader([{"anchor": "한 남자"}] * 64, **options))
+next(batches)
+time.sleep(1)  # until batches that nobody takes fill what they go through
+Path(sys.argv[1]).write_text("")
+time.sleep(600)
+"""
+
+
+def test_processes_that_tokenize_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "loads.py").write_text(LOADS)
+    run = Started(tmp_path / "loads.py", tmp_path / "full")
+    while run.poll() is None and not (tmp_path / "full").exists():
+        time.sleep(0.05)
+    assert run.poll() is None, run.communicate()
+    workers = psutil.Process(run.process.pid).children()
+    assert len(workers) == 2
+    run.kill()
+    _, left = psutil.wait_procs(workers, timeout=10)
+    for worker in left:
+        worker.kill()
+    assert not left, run.communicate()

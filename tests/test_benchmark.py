@@ -25,7 +25,7 @@ from sklearn.metrics import f1_score
 
 import benchmark
 from common import results, scoring
-from common.command_line import REPOSITORY, command_line, file_sha256
+from common.command_line import REPOSITORY, UserError, command_line, file_sha256
 from common.data import read_korsts
 from common.encoders import load_encoder, save_encoder
 from common.evaluation import SCORE_KEYS, bootstrap, correlations, interval
@@ -663,6 +663,41 @@ def test_a_file_that_is_no_result_is_named(run, tmp_path, content):
     status, _, err = run("--update_readme", tmp_path / "README.md")
     assert status == 2 and "odd.json: no result of benchmark.py" in err
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
+def test_without_results_no_table_is_overwritten(run, tmp_path):
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    status, _, err = run("--update_readme", tmp_path / "README.md")
+    assert status == 2 and f"--results_dir {tmp_path / 'results'}: no such folder" in err
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("results/e5-small-ko.json", "prompt"), ("results/e5-small-ko.json", "data"),
+     ("results/jhgan--ko-sbert-nli.published.json", "published_in"),
+     ("results/onnx/e5-small-ko-sts.json", "rows"),
+     ("results/experiments/cosine-777.json", "versions"),
+     ("measurements/training.json", "medians"),
+     ("measurements/openvino.json", "sentences_per_second"),
+     ("measurements/whole_run.json", "runs"), ("measurements/size.json", "cpu"),
+     ("measurements/int8.json", "rows")],
+)  # fmt: skip
+def test_a_stored_file_that_is_damaged_or_of_another_form_is_named(
+    name, key, tmp_path, monkeypatch
+):
+    for folder in ("results", "measurements"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    monkeypatch.setattr(benchmark, "MEASUREMENTS", tmp_path / "measurements")
+    file = tmp_path / name
+    text = file.read_text(encoding="utf-8")
+    content = json.loads(text)
+    without = {k: v for k, v in content.items() if k != key}
+    without |= {key: {}} if key == "cpu" else {}  # measured on one of two machines, it is whole
+    for form in (text[: len(text) // 2], "", "[]", json.dumps(without)):
+        file.write_text(form, encoding="utf-8")
+        with pytest.raises(UserError, match=f"^{re.escape(str(file))}: no "):
+            benchmark.generated_parts(tmp_path / "results")
 
 
 def test_the_published_results_are_complete_and_marked():

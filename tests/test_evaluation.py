@@ -66,6 +66,14 @@ def test_embeddings_that_are_not_finite_are_refused(value):
         correlations(first, second, scores)
 
 
+@pytest.mark.parametrize("scale", [1e19, 1e20, 1e37])
+def test_embeddings_whose_similarities_are_infinite_are_refused(scale):
+    first, second, scores = make_pairs()
+    for function in (correlations, bootstrap):
+        with pytest.raises(ValueError, match="so large that their similarities are infinite"):
+            function(scale * first, scale * second, scores)
+
+
 @pytest.mark.parametrize("noise", [0, 1e-8])
 def test_constant_embeddings_are_refused_even_where_rounding_blurs_them(noise):
     generator = np.random.default_rng(0)

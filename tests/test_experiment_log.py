@@ -52,7 +52,7 @@ def write_run(folder: Path, finished: str | None, **changes: object) -> Path:
         "versions": {},
         "threads": 2,
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     if finished:
         run |= {"steps": 1234, "training_cpu_seconds": 56.7}
         scores = {
@@ -107,6 +107,13 @@ def test_a_run_json_that_is_no_run_is_named(tmp_path: Path, content: str) -> Non
     done = collect(tmp_path / "results", good, bad)
     assert done.returncode == 2
     assert done.stderr == f"error: {bad}: run.json or scores.json is not that of a run\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_two_runs_of_one_name_do_not_replace_each_other(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / side / "run", None) for side in ("a", "b")]
+    done = collect(tmp_path / "results", *runs)
+    assert done.returncode == 2 and "error: two runs are named run: " in done.stderr
     assert not (tmp_path / "results").exists()
 
 

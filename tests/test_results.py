@@ -125,3 +125,11 @@ def test_the_nearest_published_results_are_of_korsts_and_sorted(tmp_path: Path) 
         ("a/above", 0.84), ("b/above", 0.83), ("a/below", 0.81)
     ]  # fmt: skip
     assert nearest_published(tmp_path, 0.7, count=1) == [("a/far", 0.7)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_published_result_that_is_damaged_is_one_line(content: str, tmp_path: Path) -> None:
+    """A training run reads them at its end."""
+    (tmp_path / "a--odd.published.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a--odd\.published\.json: no result of benchmark\.py"):
+        nearest_published(tmp_path, 0.8)

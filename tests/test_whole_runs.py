@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import run_script
 
 from common import plots, whole_runs
 from common.command_line import REPOSITORY, UserError
@@ -124,3 +125,18 @@ def test_what_int8_loses_is_shown_with_its_interval(tmp_path: Path) -> None:
     first, second = whole_runs.int8_part(path).splitlines()[2:]
     assert first == ("| v2 | 26.8% | - | 82.00 | 0.12 [-0.05, 0.30] | 82.00 | 0.12 [-0.05, 0.30] |")
     assert second == first.replace("| - |", "| /layer.1/Gemm |")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "line"),
+    [([], 2, "--old_python is needed"),
+     (["--old_python", "python"], 1, "exit status 2 of: ")],
+)  # fmt: skip
+def test_what_the_measurement_lacks_is_one_line(
+    options: list[str], status: int, line: str, tmp_path: Path
+) -> None:
+    """Before anything runs; of a run that fails, which has said why, its command."""
+    options += ["--model", str(tmp_path), "--data_dir", str(tmp_path)]
+    done = run_script("measurements/measure_whole_run.py", *options)
+    assert done.returncode == status
+    assert done.stderr.startswith(f"error: {line}") and len(done.stderr.splitlines()) == 1
