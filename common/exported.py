@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.command_line import UserError, first_line, read_json
 
+COMPARED = ("revision", "dimension", "max_seq_length")
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -60,7 +61,7 @@ class OnnxEncoder:
     """A file that onnx/export_onnx.py wrote, with the part of SentenceTransformer used here.
 
     Raises:
-        UserError: one of the three files is missing or cannot be loaded.
+        UserError: one of the three files is missing, cannot be loaded or is of another export.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +76,8 @@ class OnnxEncoder:
         try:
             self.settings = read_json(settings)
             self.max_seq_length = self.settings["max_seq_length"]
-            self.tokenizer = Tokenizer.from_file(str(tokenizer))
+            content = tokenizer.read_text(encoding="utf-8")
+            self.tokenizer = Tokenizer.from_str(content)
             # As many as torch takes (a container's share, not the machine's cores): said with
             # every result.
             options = onnxruntime.SessionOptions()
@@ -83,6 +85,13 @@ class OnnxEncoder:
             self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # the errors of onnxruntime and tokenizers have no other base
             raise UserError(f"{path}: cannot be loaded: {first_line(error)}") from None
+        # What an exported file says of itself; one that was not exported here says nothing.
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        found = {name: str(self.settings.get(name)) for name in COMPARED} | {"tokenizer": content}
+        for name, value in found.items():
+            if metadata.get(name, value) != value:
+                file = tokenizer if name == "tokenizer" else settings
+                raise UserError(f"{file}: is of another export than {path}")
         self.device = "cuda" if "CUDA" in self.session.get_providers()[0] else "cpu"
 
     @property

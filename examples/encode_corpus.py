@@ -151,18 +151,18 @@ class Corpus:
             try:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
+                content.update(f"{path.name} {digest}\n".encode())
                 scan = self.scan_parquet if path.suffix == ".parquet" else self.scan_json
                 parts, texts = scan(path)
                 pq.write_table(self.schema.empty_table(), io.BytesIO())  # refuses some JSON
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, pa.ArrowException, UnicodeError) as error:
                 why = getattr(error, "strerror", None) or first_line(error)
                 raise UserError(f"{path}: {why}") from None
             column, columns = args.text_column, self.schema.names
-            if column not in columns:
-                raise UserError(f"{path}: no --text_column {column!r} in {columns}")
+            if (count := columns.count(column)) != 1:
+                raise UserError(f"{path}: {count or 'no'} --text_column {column!r} in {columns}")
             if "embedding" in columns:
                 raise UserError(f"{path}: there is a column 'embedding' already")
-            content.update(f"{path.name} {digest}\n".encode())
             for number, part in enumerate(parts):
                 name = f"part-{path.stem}-{number:06d}.parquet"
                 self.parts.append(part | {"name": name, "path": str(path.resolve())})
@@ -177,11 +177,12 @@ class Corpus:
         self.schema, rows, texts = file.schema_arrow, file.metadata.num_rows, 0
         if before and not self.schema.equals(before):
             raise UserError(f"{path}: columns unlike those of {args.files[0]}: give it an own run")
-        if args.text_column in self.schema.names:
+        if self.schema.names.count(args.text_column) == 1:
             kind = self.schema.field(args.text_column).type
             if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in STRINGS:
                 raise UserError(f"{path}: column {args.text_column!r} holds {kind}, not strings")
             for batch in file.iter_batches(columns=[args.text_column]):
+                batch.validate(full=True)  # that its strings are UTF-8
                 texts += len(batch) - batch.column(0).null_count
         starts = range(0, rows, args.rows_per_part)
         return [{"start": row, "rows": min(starts.step, rows - row)} for row in starts], texts
@@ -231,7 +232,7 @@ class Corpus:
             self.groups = (path, first, last)
         table = self.table.slice(start - int(ends[first]) + sizes[first], rows)
         texts = table[self.args.text_column]
-        return table, texts.is_valid().to_numpy(), texts.drop_null().to_pylist()
+        return table, texts.is_valid().to_numpy(), [t for t in texts.to_pylist() if t is not None]
 
 
 # --- 3. Interrupted runs: what is finished, and what must stay the same ---------------------------
@@ -382,8 +383,7 @@ def load_model(args: Namespace) -> SentenceTransformer:
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"
         raise UserError(f"{args.model}: {why}") from None
-    dimension = model.get_embedding_dimension()
-    if args.dim and args.dim > dimension:
+    if args.dim and args.dim > (dimension := model.get_embedding_dimension()):
         raise UserError(f"--dim {args.dim}: {args.model} has {dimension} dimensions")
     return model
 

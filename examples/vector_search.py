@@ -142,7 +142,7 @@ def read_fields(path: Path, text_column: str) -> Iterator[tuple[dict, str]]:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}:{number}: not UTF-8") from None
-    except (csv.Error, ValueError) as error:
+    except (csv.Error, ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number}: {error}") from None
 
 
@@ -420,6 +420,8 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()
     if args.table is not None and not re.fullmatch("[a-z_][a-z0-9_]{0,49}", args.table):
         parser.error(f"--table {args.table}: 1 to 50 of a-z, 0-9 and _, no digit first")
+    if re.search("[\ud800-\udfff]", "".join([*args.query, args.category or ""])):
+        parser.error("--query and --category: not in the encoding of this console")
     for name, low, high in (("top_k", 1, 1000), ("ef_search", 1, 1000), ("word_weight", 0, 10)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be {low} to {high}")

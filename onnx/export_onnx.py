@@ -284,7 +284,10 @@ def deliver(written: Path, target: Path) -> None:
 
 
 def remove_older(target: Path, settings: Settings) -> None:
-    """Removes NAME-int8 and NAME-fp16 where they are of another model, --dim or --pooling."""
+    """Removes NAME-int8 and NAME-fp16 where they are of another model, --dim or --pooling.
+
+    NAME.golden.json, too: the vectors in it are no longer those of the file.
+    """
     for kind in ("int8", "fp16"):
         sibling = target.with_name(f"{target.stem}-{kind}.onnx")
         described = sibling.with_suffix(".json")
@@ -296,6 +299,15 @@ def remove_older(target: Path, settings: Settings) -> None:
         if differs and before.get("precision", kind) == kind:  # only so named: left alone
             print(f"{sibling}: of another export: removed", file=sys.stderr)
             remove(sibling)
+    # NAME.json is still the earlier file's.
+    described, golden = target.with_suffix(".json"), target.with_suffix(".golden.json")
+    try:
+        before = read_json(described) if described.is_file() else settings
+    except ValueError:
+        before = {}
+    if golden.is_file() and any(before.get(name) != value for name, value in settings.items()):
+        print(f"{golden}: of another export: removed", file=sys.stderr)
+        golden.unlink()
 
 
 def remove(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from commands import SAMPLES, run_script
-from encoders import write_family
+from encoders import edit_json, write_family
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, PreTrainedConfig, RobertaConfig
 
@@ -28,6 +29,26 @@ ENCODERS: dict[str, tuple[PreTrainedConfig, int, str]] = {  # config, longest in
     "roberta": (roberta(), 128, ""),
     "roberta-prompt": (roberta(), 128, "글 😀 "),
 }
+TOKENIZERS = ("opening", "closings", "wordpiece")
+
+
+def write_tokenizer(folder: Path, name: str) -> None:
+    """Changes the tokenizer of a plain encoder to one that is cut, or splits, in another way."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    pieces = content["post_processor"]["single"]
+    if name == "opening":
+        content["post_processor"]["single"] = pieces[:2]
+    elif name == "closings":
+        content["post_processor"]["single"] = [*pieces, pieces[-1]]
+    elif name == "wordpiece":
+        content["model"] |= {"type": "WordPiece", "continuing_subword_prefix": "##"}
+        content["model"]["max_input_chars_per_word"] = 100
+        content["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+        content["normalizer"] = {"type": "BertNormalizer", "lowercase": False}
+        content["normalizer"] |= {"clean_text": True, "handle_chinese_chars": True}
+        content["normalizer"]["strip_accents"] = None
+    edit_json(path, **content)
 
 
 def export_with_golden(model: Path, output: Path) -> None:
@@ -40,7 +61,10 @@ def export_with_golden(model: Path, output: Path) -> None:
 
 
 def write_exports(folder: Path, offline_encoder: Path) -> Path:
-    """Writes fp32 and int8 files of four tiny encoders and of the real one; returns the folder."""
+    """Writes fp32 and int8 files of four tiny encoders and of the real one; returns the folder.
+
+    Also fp32 files of encoders with other tokenizers.
+    """
     for name, (config, length, prompt) in ENCODERS.items():
         plain = write_family(folder / "encoders" / name, config, model_max_length=length)
         model = SentenceTransformer(str(plain), device="cpu")
@@ -49,5 +73,11 @@ def write_exports(folder: Path, offline_encoder: Path) -> Path:
         model.max_seq_length = length
         model.save_pretrained(str(plain.with_name(f"{name}-run")), create_model_card=False)
         export_with_golden(plain.with_name(f"{name}-run"), folder / f"{name}.onnx")
+    for name in TOKENIZERS:
+        plain = write_family(folder / "encoders" / name, bert(), model_max_length=64)
+        write_tokenizer(plain, name)
+        options = ["--output", folder / f"{name}.onnx", "--golden", folder / f"{name}.golden.json"]
+        done = run_script("onnx/export_onnx.py", "--model", plain, *options)
+        assert done.returncode == 0, done.stderr
     export_with_golden(offline_encoder, folder / "e5-small-ko.onnx")
     return folder

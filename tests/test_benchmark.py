@@ -301,6 +301,34 @@ def test_a_damaged_onnx_file(run, tmp_path):
     assert status == 2 and "words.onnx: cannot be loaded" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("words.json", {"revision": "sha256:other"}),
+        ("words.json", {"max_seq_length": 16}),
+        ("words.json", {"dimension": 8}),
+        ("words.tokenizer.json", {"truncation": None}),
+    ],
+)
+def test_files_of_two_exports_are_not_mixed(run, tmp_path, name, change):
+    write_onnx(tmp_path)
+    path, metadata = tmp_path / "words.onnx", {"dimension": 16, "max_seq_length": 32}
+    metadata["tokenizer"] = (tmp_path / "words.tokenizer.json").read_text(encoding="utf-8")
+    edit_json(tmp_path / "words.json", revision="sha256:one")
+    model = onnx.load(path)
+    helper.set_model_props(
+        model, {key: str(value) for key, value in (metadata | {"revision": "sha256:one"}).items()}
+    )
+    onnx.save(model, path)
+    assert run(path)[0] == 0
+    edit_json(tmp_path / name, **change)
+    status, _, err = run(path, "--name", "mixed")
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        f"error: {tmp_path / name}: is of another export than {path}",
+    )
+
+
 # --- What goes wrong -------------------------------------------------------------------------
 
 

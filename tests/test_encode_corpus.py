@@ -343,6 +343,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return Run(tmp_path, monkeypatch, capsys)
 
 
+NOT_UTF8 = pa.array([b"\xb0\xa1"], pa.binary()).view(pa.string())
 GOOD = '{"text": "가", "n": 1}\n'
 
 
@@ -356,6 +357,13 @@ GOOD = '{"text": "가", "n": 1}\n'
         ("a.parquet", {"body": ["가"]}, "a.parquet: no --text_column 'text' in ['body']"),
         ("a.parquet", {"text": [1]}, "a.parquet: column 'text' holds int64, not strings"),
         ("a.parquet", {"text": ["가"], "embedding": [0]}, "a.parquet: there is a column 'embedd"),
+        (
+            "a.parquet",
+            pa.table([["가"], ["나"]], names=["text", "text"]),
+            "a.parquet: 2 --text_column 'text' in ['text', 'text']",
+        ),
+        ("a.parquet", {"text": NOT_UTF8}, "a.parquet: In column 0: Invalid: Invalid UTF8 sequence"),
+        ("\udcb0\udca1.jsonl", GOOD, "??.jsonl: 'utf-8' codec can't encode characters in position"),
         ("a.jsonl", b"", "a.jsonl: no --text_column 'text' in []"),
         ("a.jsonl", GOOD * 2 + '{"text": "나', "a.jsonl:3: not JSON: Unterminated string"),
         ("a.jsonl", GOOD + "\n[1]\n", "a.jsonl:3: not a JSON object"),
@@ -367,9 +375,9 @@ GOOD = '{"text": "가", "n": 1}\n'
     ],
 )
 def test_a_bad_file_is_named(
-    name: str, content: str | bytes | dict | None, says: str, script: Run
+    name: str, content: str | bytes | dict | pa.Table | None, says: str, script: Run
 ) -> None:
-    if isinstance(content, dict):
+    if isinstance(content, (dict, pa.Table)):
         pq.write_table(pa.table(content), script.folder / name)
     elif content is not None:
         (script.folder / name).write_bytes(
@@ -379,6 +387,17 @@ def test_a_bad_file_is_named(
     assert status == 2
     assert line.startswith(f"error: {says}")
     assert not (script.folder / "out").exists()
+
+
+@pytest.mark.parametrize("kind", encode_corpus.STRINGS)
+def test_each_kind_of_strings_is_read(kind: str, script: Run) -> None:
+    texts = [None, None, None] if kind == "null" else ["가", None, ""]
+    pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), "a.parquet")
+    args = Namespace(files=[Path("a.parquet")], text_column="text", rows_per_part=2)
+    corpus = encode_corpus.Corpus(args)
+    found = [corpus.read(part) for part in corpus.parts]
+    assert [text for _, _, part in found for text in part] == [t for t in texts if t is not None]
+    assert np.concatenate([has for _, has, _ in found]).tolist() == [t is not None for t in texts]
 
 
 def test_another_run_does_not_go_into_the_same_output(script: Run, tiny: Path) -> None:

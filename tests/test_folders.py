@@ -347,3 +347,20 @@ def test_an_export_leaves_no_int8_of_another_model(
     assert done.returncode == 0, done.stderr
     assert files(output.parent) == (sorted(FP32 + INT8) if change == "nothing" else FP32)
     assert ("of another export: removed" in done.stderr) == (change != "nothing")
+
+
+@pytest.mark.parametrize("change", ["weights", "options", "nothing"])
+def test_an_export_leaves_no_vectors_of_another_model(
+    change: str, saved: Path, tmp_path: Path
+) -> None:
+    output, golden = tmp_path / "out/tiny.onnx", tmp_path / "out/tiny.golden.json"
+    assert export(saved, output, "--golden", golden).returncode == 0
+    if change == "weights":
+        model = load_encoder(str(saved), device="cpu")
+        with torch.no_grad():
+            next(model.parameters()).mul_(0.5)
+        save_encoder(model, saved)
+    done = export(saved, output, *(["--dim", 16] if change == "options" else []))
+    assert done.returncode == 0, done.stderr
+    assert golden.exists() == (change == "nothing")
+    assert ("of another export: removed" in done.stderr) == (change != "nothing")

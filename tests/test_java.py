@@ -57,7 +57,7 @@ def test_its_tests_pass_with_the_golden_files(tested: list[tuple[str, str]], exp
     printed = "".join(text for text, _ in tested)
     compared = dict(re.findall(r"golden.json (\S+): largest difference (\S+)", printed))
     assert compared.keys() == {path.name for path in exports.glob("*.onnx")}
-    assert len(compared) == 10
+    assert len(compared) == 13
     assert len(tested) > len(compared) + 8
     assert not any(skipped for _, skipped in tested)
     assert max(float(value) for name, value in compared.items() if "int8" not in name) <= 1e-5

@@ -216,6 +216,7 @@ def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(
         ("a.csv", 'text\r\n"가\r\n나\r\n'.encode(), ":3: unexpected end of data"),
         ("a.csv", "sentence\n가\n".encode(), ":2: no text in 'text' of ['sentence']"),
         ("a.jsonl", '{"text": "가"}\n{"text"\n'.encode(), ":2: "),
+        ("a.jsonl", b"[" * 100_000, ":1: maximum recursion depth exceeded"),
         ("a.jsonl", b'{"text": 1}\n', ":1: no text in 'text'"),
         ("missing.txt", None, ": No such file or directory"),
     ],
@@ -231,6 +232,14 @@ def test_a_bad_file_is_named_before_anything_is_written(
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {path}{says}")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("option", ["--query", "--category"])
+def test_a_text_in_another_encoding_is_one_line(option: str, tiny: Path, tmp_path: Path) -> None:
+    done = run(tiny, tmp_path / "data", "--query", "가", option, "\udcb0\udca1")  # cp949 bytes
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("not in the encoding of this console")
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
 
 
 @pytest.mark.skipif(not KORNLU.is_dir(), reason="no ../shared/KorNLUDatasets")

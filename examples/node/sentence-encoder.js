@@ -31,6 +31,25 @@ const NMT = {
   ],
 };
 
+/** BERT sets each hanja apart, tokenizers.js only those of the Basic Multilingual Plane. */
+const RARE_HANJA = {
+  type: "Replace",
+  pattern: {
+    Regex:
+      "[\\u{20000}-\\u{2A6DF}\\u{2A700}-\\u{2B81F}\\u{2B920}-\\u{2CEAF}\\u{2F800}-\\u{2FA1F}]",
+  },
+  content: " $& ",
+};
+
+/** Completes the normalizers of a tokenizer's JSON, while it is parsed. */
+function complete(key, value) {
+  if (value?.type === "Nmt") return NMT;
+  if (value?.type === "BertNormalizer" && value.handle_chinese_chars) {
+    return { type: "Sequence", normalizers: [RARE_HANJA, value] };
+  }
+  return value;
+}
+
 async function readJson(path, reviver) {
   let text;
   try {
@@ -52,8 +71,7 @@ async function readJson(path, reviver) {
 export async function load(path, { threads = 0 } = {}) {
   const stem = path.replace(/\.onnx$/, "");
   const settings = await readJson(`${stem}.json`);
-  const replaceNmt = (key, value) => (value?.type === "Nmt" ? NMT : value);
-  const definition = await readJson(`${stem}.tokenizer.json`, replaceNmt);
+  const definition = await readJson(`${stem}.tokenizer.json`, complete);
   if (settings?.output !== OUTPUT || !definition?.padding) {
     throw new Error(`${path}: no file of onnx/export_onnx.py: no ${OUTPUT}`);
   }
@@ -96,12 +114,18 @@ class SentenceEncoder {
     return embeddings;
   }
 
-  /** Returns the token ids of a sentence; a long one is cut before its last, closing token. */
+  /** Returns the token ids of a sentence; a long one is cut before its closing tokens, if any. */
   tokenize(sentence) {
-    const found = this.tokenizer.encode(this.settings.prompt + sentence);
-    const ids = found.ids.map((id) => id ?? this.unknownId);
-    const length = this.settings.max_seq_length;
-    return ids.length <= length ? ids : [...ids.slice(0, length - 1), ids.at(-1)];
+    const encode = (options) => this.tokenizer.encode(this.settings.prompt + sentence, options).ids;
+    const ids = encode().map((id) => id ?? this.unknownId);
+    const surplus = ids.length - this.settings.max_seq_length;
+    if (surplus <= 0) return ids;
+    const own = encode({ add_special_tokens: false }).map((id) => id ?? this.unknownId);
+    const added = ids.length - own.length;
+    let opening = 0;
+    while (opening < added && own.some((id, i) => id !== ids[opening + i])) opening++;
+    const end = opening + own.length;
+    return [...ids.slice(0, end - surplus), ...ids.slice(end)];
   }
 
   /** Runs rows of token ids, the longest first, padded to its length. */

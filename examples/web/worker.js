@@ -29,6 +29,25 @@ const NMT = {
   ],
 };
 
+/** BERT sets each hanja apart, tokenizers.js only those of the Basic Multilingual Plane. */
+const RARE_HANJA = {
+  type: "Replace",
+  pattern: {
+    Regex:
+      "[\\u{20000}-\\u{2A6DF}\\u{2A700}-\\u{2B81F}\\u{2B920}-\\u{2CEAF}\\u{2F800}-\\u{2FA1F}]",
+  },
+  content: " $& ",
+};
+
+/** Completes the normalizers of a tokenizer's JSON, while it is parsed. */
+function complete(key, value) {
+  if (value?.type === "Nmt") return NMT;
+  if (value?.type === "BertNormalizer" && value.handle_chinese_chars) {
+    return { type: "Sequence", normalizers: [RARE_HANJA, value] };
+  }
+  return value;
+}
+
 let session, settings, tokenizer, padId, unknownId;
 
 /** Returns the response's headers' part: the body is read by `read`. */
@@ -103,8 +122,7 @@ async function load(folder) {
   const count = (bytes) => postMessage({ received: (received += bytes), total });
   const contents = await Promise.all(responses.map((response) => read(response, count)));
 
-  const replaceNmt = (key, value) => (value?.type === "Nmt" ? NMT : value);
-  const definition = parse(contents[0], urls[0], replaceNmt);
+  const definition = parse(contents[0], urls[0], complete);
   try {
     tokenizer = new Tokenizer(definition, {});
     padId = definition.padding.pad_id;
@@ -126,12 +144,18 @@ async function load(folder) {
   if (!session.outputNames.includes("sentence_embedding")) throw foreign(urls[1], "output");
 }
 
-/** Returns the token ids of a sentence; a long one is cut before its last, closing token. */
+/** Returns the token ids of a sentence; a long one is cut before its closing tokens, if any. */
 function tokenize(sentence) {
-  const found = tokenizer.encode(settings.prompt + sentence);
-  const ids = found.ids.map((id) => id ?? unknownId);
-  const length = settings.max_seq_length;
-  return ids.length <= length ? ids : [...ids.slice(0, length - 1), ids.at(-1)];
+  const encode = (options) => tokenizer.encode(settings.prompt + sentence, options).ids;
+  const ids = encode().map((id) => id ?? unknownId);
+  const surplus = ids.length - settings.max_seq_length;
+  if (surplus <= 0) return ids;
+  const own = encode({ add_special_tokens: false }).map((id) => id ?? unknownId);
+  const added = ids.length - own.length;
+  let opening = 0;
+  while (opening < added && own.some((id, i) => id !== ids[opening + i])) opening++;
+  const end = opening + own.length;
+  return [...ids.slice(0, end - surplus), ...ids.slice(end)];
 }
 
 /** Returns embeddings (Float32Array, unit length) of rows of token ids, padded to the longest. */
