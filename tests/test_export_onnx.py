@@ -1018,7 +1018,7 @@ def test_the_readmes_python_gives_the_models_embeddings(tmp_path, export, monkey
     folder = write_encoder(tmp_path)
     prompts = {"prompts": {"query": "질문: "}, "default_prompt_name": "query"}
     edit_json(folder / "config_sentence_transformers.json", **prompts)
-    output = tmp_path / "ko-sroberta-multitask.onnx"
+    output = tmp_path / "onnx/models/ko-sroberta-multitask.onnx"
     assert export(folder, output=output) == (0, [])
     readme = (REPOSITORY / "onnx/README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
