@@ -18,7 +18,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ PAGES = ("README.md", "docs/demo.md", "docs/own_data.md", "docs/training.md", "d
 # What a block begins with, and why it is not run.
 NOT_RUN = {
     "python3 -m venv .venv": "downloads torch from an address of its own",
-    'pip install "mteb>=2"': "installs mteb's own versions and downloads its data sets",
+    "python3 -m venv mteb-env": "installs mteb's own versions and downloads its data sets",
 }
 # What an output begins with, and why nothing is compared with it.
 NOT_COMPARED = {
@@ -132,12 +131,10 @@ class House:
         link.unlink(missing_ok=True)
         link.symlink_to(source)
 
-    def run(
-        self, words: list[str | Path], cwd: str = ".", threads: int = 1
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, words: list[str | Path], threads: int = 1) -> subprocess.CompletedProcess[str]:
         environment = self.environment | {"OMP_NUM_THREADS": str(threads)}
         return subprocess.run(
-            words, cwd=self.folder / cwd, env=environment, capture_output=True, text=True
+            words, cwd=self.folder, env=environment, capture_output=True, text=True
         )
 
     def bash(self, text: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
@@ -146,14 +143,14 @@ class House:
         active = f"source .venv/bin/activate\n{text}"
         return self.run(["bash", "-eo", "pipefail", "-c", active], threads=threads)
 
-    def python(self, text: str, cwd: str = ".") -> subprocess.CompletedProcess[str]:
-        (self.folder / cwd / "pasted.py").write_text(text, encoding="utf-8")
-        return self.run([self.folder / ".venv/bin/python", "pasted.py"], cwd)
+    def python(self, text: str) -> subprocess.CompletedProcess[str]:
+        (self.folder / "pasted.py").write_text(text, encoding="utf-8")
+        return self.run([self.folder / ".venv/bin/python", "pasted.py"])
 
     def node(self, text: str) -> subprocess.CompletedProcess[str]:
         script = self.folder / "examples/node/pasted.mjs"
         script.write_text(f"{text}console.log(embeddings.length);\n", encoding="utf-8")
-        return self.run(["node", script], "onnx/models")
+        return self.run(["node", script])
 
     def java(self, text: str) -> subprocess.CompletedProcess[str]:
         imports = "java.nio.file.Path", "java.util.List", "ko.sentence.SentenceEncoder"
@@ -162,7 +159,7 @@ class House:
         script = self.folder / "onnx/models/Pasted.java"
         script.write_text("\n".join([*lines, text, "}}"]), encoding="utf-8")
         jar = self.folder / "examples/java/target/semantic-search.jar"
-        return self.run(["java", "-cp", jar, script], "onnx/models")
+        return self.run(["java", "-cp", jar, script])
 
     def serve(self, text: str) -> subprocess.CompletedProcess[str]:
         """Pastes commands that end with a web server; reads its page and model, then stops it."""
@@ -314,8 +311,7 @@ def run_block(house: House, block: Block) -> subprocess.CompletedProcess[str]:
     if block.page == "docs/extending.md":
         return paste_addition(house, block)
     if block.language != "bash":
-        cwd = "onnx/models" if block.page == "onnx/README.md" else "."
-        run = {"python": partial(house.python, cwd=cwd), "js": house.node, "java": house.java}
+        run = {"python": house.python, "js": house.node, "java": house.java}
         return run[block.language](block.text)
     if "--resume" in block.text:  # what a kill behind the last checkpoint leaves
         edit_json(house.folder / "output/sts/run.json", finished=None)
