@@ -228,8 +228,10 @@ def read_pairs(path: str | Path, max_score: float | None) -> tuple[pd.DataFrame,
     if _has_header(path, content, STS_COLUMNS):
         return read_korsts(path), MAX_SCORE
     rows = _read_rows(path, content)
-    if rows.unit and "labels" in rows.frame.columns and "score" not in rows.frame.columns:
-        return read_klue_sts(path).drop(columns="label"), MAX_SCORE
+    if rows.unit and "labels" in rows.frame.columns:
+        has_objects = rows.frame["labels"].map(lambda value: isinstance(value, dict)).any()
+        if has_objects or "score" not in rows.frame.columns:  # else a column that is not ours
+            return read_klue_sts(path).drop(columns="label"), MAX_SCORE
     expected = f"{', '.join(PAIR_COLUMNS)} (any order), or be a KorSTS or KLUE-STS file"
     table = _checked(rows, PAIR_COLUMNS, expected)
     if max_score is None:
