@@ -41,7 +41,7 @@ from common.command_line import (
 from common.data import DATA_DIR, file_record, read_klue_sts, read_korsts
 from common.encoders import POOLINGS, default_prompt, load_encoder, weight_files
 from common.evaluation import bootstrap, correlations, f1, interval
-from common.exported import OnnxEncoder
+from common.exported import OnnxEncoder, files_of
 from common.machine import device_name
 from common.scoring import Encoder, check_pairs, encode_pairs
 from common.splits import overlap
@@ -215,8 +215,7 @@ def load(model: str, args: argparse.Namespace) -> tuple[Encoder, str]:
 def describe(model: str, encoder: Encoder) -> dict:
     """Returns what identifies the model: see `model` in the schema above."""
     if isinstance(encoder, OnnxEncoder):
-        files = [encoder.path, encoder.path.with_name(f"{encoder.path.name}.data")]  # above 2 GB
-        folder, weights = encoder.path.parent, [path for path in files if path.is_file()]
+        folder, weights = encoder.path.parent, files_of(encoder.path)
         parameters, pooling_added, pooling = None, False, encoder.settings.get("pooling")
         dimension, revision = encoder.dimension, None
     else:

@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def form_of(path: Path, what: str) -> Iterator[None]:
+def form_of(path: Path | str, what: str) -> Iterator[None]:
     """Makes a `UserError` of a stored file that is damaged, or of another form than the code."""
     try:
         yield

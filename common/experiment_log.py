@@ -90,13 +90,11 @@ def read_rows(results_dir: Path) -> dict[str, dict]:
     """Returns the log's rows by run, read ones first, then the oldest first."""
     rows = []
     for path in sorted((results_dir / "experiments").glob("*.json")):
-        try:
+        with form_of(path, "no row of the log of training runs"):
             row = read_json(path)
             missing = [key for key in KEYS if key not in row]
             if missing or row["group"] not in GROUPS or row["run"] != path.stem:
                 raise ValueError
-        except (ValueError, TypeError):
-            raise UserError(f"{path}: no row of the log of training runs") from None
         rows.append(row)
     rows.sort(key=lambda row: (row["started"] or "", row["run"]))
     return {row["run"]: row for row in rows}

@@ -20,6 +20,12 @@ COMPARED = ("revision", "dimension", "max_seq_length")
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
+def files_of(path: Path) -> list[Path]:
+    """Returns the .onnx file and, where it has them (above 2 GB), the weights beside it."""
+    weights = path.with_name(f"{path.name}.data")
+    return [path, weights] if weights.is_file() else [path]
+
+
 def feed(
     session: onnxruntime.InferenceSession, encodings: Sequence[Encoding]
 ) -> dict[str, np.ndarray]:

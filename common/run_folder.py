@@ -32,6 +32,7 @@ from common.command_line import (
     UserError,
     file_sha256,
     first_line,
+    form_of,
     read_json,
     stored_command,
     without_folder,
@@ -127,11 +128,9 @@ def check_folder(args: argparse.Namespace) -> None:
     file = args.run_dir / "run.json"
     if not file.is_file():
         raise UserError(f"--resume: {args.run_dir}: no run.json: no run to go on with")
-    try:
+    with form_of(f"--resume: {file}", "damaged: train again in another folder"):
         run = read_json(file)
         finished, before = run["finished"], dict(run["options"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {file}: damaged: train again in another folder") from None
     if finished:
         raise UserError(f"{args.run_dir}: this run finished at {finished}")
     # What is saved is what is averaged.

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from common.command_line import UserError, form_of, read_json
+from common.command_line import form_of, read_json
 from common.experiment_log import Comparison, table
 from common.results import NOT_MEASURED
 
@@ -53,7 +53,7 @@ def read_whole_runs(path: Path) -> list[dict]:
     """
     if not path.is_file():
         return []
-    try:
+    with form_of(path, "no report of whole runs"):
         runs = read_json(path)["runs"]
         for run in runs:
             points = [
@@ -68,8 +68,6 @@ def read_whole_runs(path: Path) -> list[dict]:
             if not in_order or any(not 1 < score <= 100 for score in scores):
                 raise ValueError
         return sorted(runs, key=lambda run: (run["name"] != ORIGINAL, run["name"], run["seed"]))
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: no report of whole runs") from None
 
 
 def by_name(runs: Sequence[dict]) -> dict[str, list[dict]]:

@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
-from common.command_line import UserError, command_line, read_json, write_json  # noqa: E402
+from common.command_line import UserError, command_line, form_of, read_json, write_json  # noqa: E402
 from common.experiment_log import FIGURES, GROUPS, read_rows, without_repeats  # noqa: E402
 
 # Where a run's files lie says nothing about it.
@@ -47,7 +47,7 @@ def read_run(folder: Path, group: str) -> dict[str, Any]:
         UserError: run.json or scores.json is not a run's.
     """
     path = folder / "scores.json"
-    try:
+    with form_of(folder, "run.json or scores.json is not that of a run"):
         run, scores = read_json(folder / "run.json"), read_json(path) if path.is_file() else {}
         options = run["options"]
         row = {
@@ -76,8 +76,6 @@ def read_run(folder: Path, group: str) -> dict[str, Any]:
             "dev": _cosine_spearman(scores.get("dev")),
             "test": scores.get("test"),
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder}: run.json or scores.json is not that of a run") from None
 
 
 def _costs(run: dict[str, Any]) -> dict[str, Any]:

@@ -288,24 +288,24 @@ def remove_older(target: Path, settings: Settings) -> None:
 
     NAME.golden.json, too: the vectors in it are no longer those of the file.
     """
+
+    def other(path: Path) -> Settings | None:
+        """Returns what the settings beside a file say where they are of another export."""
+        file = path.with_suffix(".json")
+        try:
+            before = read_json(file) if file.is_file() else settings
+        except ValueError:
+            return {}  # damaged: nobody can say whose it is
+        return before if any(before.get(key) != settings[key] for key in settings) else None
+
     for kind in ("int8", "fp16"):
         sibling = target.with_name(f"{target.stem}-{kind}.onnx")
-        described = sibling.with_suffix(".json")
-        try:
-            before = read_json(described) if described.is_file() else settings
-        except ValueError:
-            before = {}  # damaged: nobody can say whose it is
-        differs = any(before.get(name) != value for name, value in settings.items())
-        if differs and before.get("precision", kind) == kind:  # only so named: left alone
+        before = other(sibling)
+        if before is not None and before.get("precision", kind) == kind:  # not only so named
             print(f"{sibling}: of another export: removed", file=sys.stderr)
             remove(sibling)
-    # NAME.json is still the earlier file's.
-    described, golden = target.with_suffix(".json"), target.with_suffix(".golden.json")
-    try:
-        before = read_json(described) if described.is_file() else settings
-    except ValueError:
-        before = {}
-    if golden.is_file() and any(before.get(name) != value for name, value in settings.items()):
+    golden = target.with_suffix(".golden.json")
+    if golden.is_file() and other(target) is not None:  # NAME.json is still the earlier file's
         print(f"{golden}: of another export: removed", file=sys.stderr)
         golden.unlink()
 

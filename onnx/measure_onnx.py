@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from common.command_line import stored_command, write_json
 from common.encoders import default_prompt, model_folder, weight_files
 from common.evaluation import bootstrap, correlations, interval
-from common.exported import embed
+from common.exported import embed, files_of
 from common.machine import instruction_sets
 from common.scoring import distinct_sentences
 
@@ -179,9 +179,7 @@ def score_line(rows: list[dict]) -> str:
 
 def file_row(name: str, path: Path) -> dict:
     """Returns the beginning of an exported file's row: encoder and size_bytes."""
-    parts = [path, path.with_name(f"{path.name}.data")]
-    size = sum(part.stat().st_size for part in parts if part.is_file())
-    return {"encoder": name, "size_bytes": size}
+    return {"encoder": name, "size_bytes": sum(part.stat().st_size for part in files_of(path))}
 
 
 def file_encoder(path: Path, tokenizer: Tokenizer, prompt: str) -> Encode:

@@ -116,11 +116,14 @@ class SentenceEncoder {
 
   /** Returns the token ids of a sentence; a long one is cut before its closing tokens, if any. */
   tokenize(sentence) {
-    const encode = (options) => this.tokenizer.encode(this.settings.prompt + sentence, options).ids;
-    const ids = encode().map((id) => id ?? this.unknownId);
+    const encode = (options) => {
+      const found = this.tokenizer.encode(this.settings.prompt + sentence, options);
+      return found.ids.map((id) => id ?? this.unknownId);
+    };
+    const ids = encode();
     const surplus = ids.length - this.settings.max_seq_length;
     if (surplus <= 0) return ids;
-    const own = encode({ add_special_tokens: false }).map((id) => id ?? this.unknownId);
+    const own = encode({ add_special_tokens: false });
     const added = ids.length - own.length;
     let opening = 0;
     while (opening < added && own.some((id, i) => id !== ids[opening + i])) opening++;

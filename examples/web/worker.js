@@ -146,11 +146,14 @@ async function load(folder) {
 
 /** Returns the token ids of a sentence; a long one is cut before its closing tokens, if any. */
 function tokenize(sentence) {
-  const encode = (options) => tokenizer.encode(settings.prompt + sentence, options).ids;
-  const ids = encode().map((id) => id ?? unknownId);
+  const encode = (options) => {
+    const found = tokenizer.encode(settings.prompt + sentence, options);
+    return found.ids.map((id) => id ?? unknownId);
+  };
+  const ids = encode();
   const surplus = ids.length - settings.max_seq_length;
   if (surplus <= 0) return ids;
-  const own = encode({ add_special_tokens: false }).map((id) => id ?? unknownId);
+  const own = encode({ add_special_tokens: false });
   const added = ids.length - own.length;
   let opening = 0;
   while (opening < added && own.some((id, i) => id !== ids[opening + i])) opening++;
