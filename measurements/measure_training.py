@@ -145,9 +145,10 @@ def matrix_products(
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    pairs = read_pairs(train_file)[: steps * batch_size]
+    # Of the whole file, as the steps draw from it: its first pairs are short ones.
+    pairs = read_pairs(train_file)
     texts = [text for pair in pairs for text in pair[:2]]
-    tokens = sum(map(len, tokenizer(texts)["input_ids"])) // steps
+    tokens = batch_size * sum(map(len, tokenizer(texts)["input_ids"])) // len(pairs)
     config = AutoConfig.from_pretrained(model_name)
     width, inner = config.hidden_size, config.intermediate_size
     length = tokens // (2 * batch_size)  # of a sentence, for attention

@@ -41,6 +41,14 @@ def test_what_is_kept_is_scaled_and_so_is_its_gradient(dtype: torch.dtype) -> No
     )
 
 
+def test_the_scale_is_not_rounded_to_bfloat16() -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(9)).add_(1).bfloat16()
+    dropped = drop(values, 0.1)
+    kept = dropped != 0
+    ratio = dropped[kept].float().sum() / values[kept].float().sum()
+    assert ratio.item() == pytest.approx(256 / 230, rel=1e-4)
+
+
 def test_draws_are_those_of_torchs_generator() -> None:
     values = torch.ones(100)
     torch.manual_seed(4)
