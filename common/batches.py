@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import get_start_method, parent_process
+from multiprocessing import get_all_start_methods, parent_process
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,10 @@ def share(batches: Iterable[list[int]], offset: int, world_size: int) -> Iterato
 def tokenizing_processes() -> int:
     """Returns how many processes are to tokenize beside a GPU's steps: none without a GPU.
 
-    By forks alone: others would be sent the model. One takes several of a GPU's steps for a batch,
-    so that half of the cores do it, but two at least and no more than eight.
+    They are forked (`RecipeTrainer._build_dataloader`). One takes several of a GPU's steps for a
+    batch, so that half of the cores do it, but two at least and no more than eight.
     """
-    if not torch.cuda.is_available() or get_start_method() != "fork":
+    if not torch.cuda.is_available() or "fork" not in get_all_start_methods():
         return 0
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(2, cores // 2), 8)
@@ -144,7 +144,7 @@ class ArrayCollator(SentenceTransformerDataCollator):
 
 
 def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool) -> dict[str, Any]:
-    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for a GPU.
+    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for CUDA's.
 
     Args:
         masks_on_host: a GPU's batch also has each attention mask as `HOST_MASK`, on the CPU.
@@ -158,5 +158,7 @@ def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool)
             if name.endswith(MASK) and masks_on_host:
                 moved[name.removesuffix(MASK) + HOST_MASK] = tensor
             tensor = tensor.pin_memory()
-        moved[name] = tensor.to(device, non_blocking=True)
+        # Other devices would read memory that is given back meanwhile:
+        # https://github.com/pytorch/pytorch/issues/189690 (Apple's)
+        moved[name] = tensor.to(device, non_blocking=device.type == "cuda")
     return moved

@@ -33,7 +33,8 @@ def command_line() -> Iterator[None]:
     """Ends a script as its users expect: errors in one line, no traceback.
 
     Exit status 2 for a `UserError` (bad arguments or data), 1 for what the machine refuses (a full
-    disk, a folder without write permission) and for a command that fails, 130 after Ctrl-C.
+    disk, a folder without write permission, more of the GPU's memory) and for a command that fails,
+    130 after Ctrl-C.
     """
     threading.excepthook = _end_thread
     for stream in (sys.stdout, sys.stderr):
@@ -56,6 +57,11 @@ def command_line() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:
         print(_system_line(error), file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every script loads
+            raise
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -108,8 +108,8 @@ def pack_sentences(model: SentenceTransformer) -> None:
     The sentences of a batch are laid into rows (`lay_in_rows`) with positions that start again and
     an attention mask that is block-diagonal; token embeddings come back in the batch's own layout.
     Losses and gradients are the same up to rounding (and the draws of dropout, which on a CPU are
-    `common.dropout`'s). For `BERT_LIKES` on a CPU or with CUDA; other encoders, other devices and
-    evaluation keep their padded forwards.
+    `common.dropout`'s). For `BERT_LIKES` on a CPU or with CUDA; other encoders, models that use the
+    output of all layers, other devices and evaluation keep their padded forwards.
     """
     encoder = model[0].model
     family, on_cpu = architecture(model), encoder.device.type == "cpu"
@@ -120,6 +120,9 @@ def pack_sentences(model: SentenceTransformer) -> None:
             f"note: {family} trains with padding: only {', '.join(BERT_LIKES)} train without",
             file=sys.stderr,
         )
+        return
+    if encoder.config.output_hidden_states:  # they would be rows to a module that takes them
+        print(f"note: {family} trains with padding: the model uses all layers", file=sys.stderr)
         return
     offset = first_position(model)
     if on_cpu:

@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from sentence_transformers.sentence_transformer.training_args import (
     SentenceTransformerTrainingArguments,
 )
+from torch.utils.data import DataLoader
 from transformers import (
     ProgressCallback,
     TrainerCallback,
@@ -235,6 +236,13 @@ class RecipeTrainer(SentenceTransformerTrainer):
     def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         return self.batches
 
+    def _build_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Has processes that tokenize forked, also by Python 3.14: others are sent the model."""
+        loader = super()._build_dataloader(*args, **kwargs)
+        if loader.num_workers:
+            loader.multiprocessing_context = "fork"
+        return loader
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Leaves the library's card out: it asks the Hub; `model_card.model_card` is ours."""
 
@@ -382,12 +390,11 @@ def recipe_trainer(
 
 def train(run: Run, trainer: RecipeTrainer) -> Result:
     """Trains, or goes on with --resume, and returns what dev likes best of what that gave."""
-    dev, started_at = trainer.points.dev, 0
+    dev = trainer.points.dev
+    started_at = step_of(run.checkpoint) if run.checkpoint else 0
     if run.args.resume:
         where = run.checkpoint or "the start: no checkpoint yet"
         print(f"resuming from {where}", file=sys.stderr)
-    if run.checkpoint:
-        started_at = step_of(run.checkpoint)
     parts = {"start": process_cost()}
     wall, cpu = time.perf_counter(), time.process_time()
     try:

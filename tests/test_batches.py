@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
-from commands import SAMPLES, Started
+from commands import SAMPLES, Started, run, weights
 
-from common import batches
+from common import batches, training
 from common.batches import (
     HOST_MASK,
     MASK,
@@ -97,6 +100,21 @@ def test_tokens_travel_as_arrays_and_arrive_as_tensors(encoder: Path) -> None:
     assert moved["label"].tolist() == [0.5, 1.0]
 
 
+def test_memory_that_is_not_pinned_is_not_left_before_it_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copied later to an Apple GPU, it would hold other values by then, and nothing would tell."""
+    asked, to = [], torch.Tensor.to
+
+    def noted(self: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
+        asked.append(non_blocking and not self.is_pinned())
+        return to(self, *args, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    move_batch({"label": np.ones(2)}, torch.device("meta"), masks_on_host=False)
+    assert asked == [False]
+
+
 def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path) -> None:
     model = load_encoder(str(encoder), 48, device="cpu").train()
     for module in model.modules():
@@ -116,24 +134,57 @@ def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes_here", "start_method", "expected"),
-    [(64, 1, "fork", 8), (12, 1, "fork", 6), (2, 1, "fork", 2), (16, 4, "fork", 2),
-     (16, 1, "spawn", 0)],
+    ("cores", "processes_here", "start_methods", "expected"),
+    [(64, 1, ["fork"], 8), (12, 1, ["forkserver", "fork"], 6), (2, 1, ["fork"], 2),
+     (16, 4, ["fork"], 2), (16, 1, ["spawn"], 0)],
 )  # fmt: skip
 def test_half_of_the_cores_tokenize_for_a_gpu(
     cores: int,
     processes_here: int,
-    start_method: str,
+    start_methods: list[str],
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    monkeypatch.setattr(batches, "get_start_method", lambda: start_method)
+    monkeypatch.setattr(batches, "get_all_start_methods", lambda: start_methods)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes_here))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert tokenizing_processes() == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tokenizing_processes() == 0
+
+
+@pytest.mark.parametrize("script", ["training_sts.py", "training_multi-task.py"])
+def test_processes_that_tokenize_change_nothing_and_end(
+    script: str,
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As beside a GPU, also where Python (3.14's) would not fork by itself."""
+    options = ["--max_steps", 6, "--gradient_accumulation_steps", 2, "--no_test", "--run_dir"]
+    options = ["--nli_batch_size", 8, *options] if "multi" in script else options
+    assert run(script, encoder, *options, tmp_path / "alone").returncode == 0
+    step, kinds = training.RecipeTrainer.training_step, []
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kinds.append({type(child).__name__ for child in multiprocessing.active_children()})
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training.RecipeTrainer, "training_step", noted)
+    monkeypatch.setattr(training, "tokenizing_processes", lambda: 2)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        done = run(script, encoder, *options, tmp_path / "beside")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert done.returncode == 0, done.stderr
+    assert kinds[0] == {"ForkProcess"} and not multiprocessing.active_children()
+    assert "tokenizers" not in capfd.readouterr().err  # it warns of forks, unless told
+    expected, found = weights(tmp_path / "alone"), weights(tmp_path / "beside")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 LOADS = """

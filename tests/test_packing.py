@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SAMPLES
+from commands import SAMPLES, run
 from encoders import write_family
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from transformers import (
     BertConfig,
@@ -159,6 +161,17 @@ def test_what_is_not_packed_says_so_and_keeps_its_forward(
     family = "bert, a decoder," if getattr(config, "is_decoder", False) else "distilbert"
     assert line.startswith(f"note: {family} trains with padding: only bert, ")
     assert "forward" not in vars(model[0].model)
+
+
+def test_a_model_that_uses_all_layers_trains_with_padding(encoder: Path, tmp_path: Path) -> None:
+    options = {"max_seq_length": 48, "config_kwargs": {"output_hidden_states": True}}
+    layers = modules.WeightedLayerPooling(32, num_hidden_layers=2, layer_start=1)
+    parts = [modules.Transformer(str(encoder), **options), layers, modules.Pooling(32)]
+    SentenceTransformer(modules=parts).save_pretrained(str(tmp_path / "layers"))
+    done = run("training_sts.py", tmp_path / "layers", "--max_steps", 2, "--no_test",
+               "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: bert trains with padding: the model uses all layers\n" in done.stderr
 
 
 def test_code_that_calls_itself_bert_trains_with_padding(

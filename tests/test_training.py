@@ -255,6 +255,20 @@ def main("""
     assert not checkpoints.checkpoints(tmp_path / "run/checkpoints")
 
 
+def test_a_gpu_without_memory_left_ends_in_one_line(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+    def compute_loss(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError(f"{said}\nand more")
+
+    monkeypatch.setattr(training.RecipeTrainer, "compute_loss", compute_loss)
+    done = run("training_sts.py", encoder, "--max_steps", 2, "--run_dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {said}" and "Traceback" not in done.stderr
+
+
 def test_a_second_stage_keeps_the_prompt_of_the_first(encoder: Path, tmp_path: Path) -> None:
     def stage(model: Path, name: str, *options: object) -> subprocess.CompletedProcess:
         done = run("training_sts.py", model, "--max_steps", 3, "--no_test", *options,
