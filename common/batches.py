@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import get_start_method, parent_process
+from multiprocessing import get_all_start_methods, parent_process, set_start_method
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,9 @@ def tokenizing_processes() -> int:
     By forks alone: others would be sent the model. One takes several of a GPU's steps for a batch,
     so that half of the cores do it, but two at least and no more than eight.
     """
-    if not torch.cuda.is_available() or get_start_method() != "fork":
+    if not torch.cuda.is_available() or "fork" not in get_all_start_methods():
         return 0
+    set_start_method("fork", force=True)  # what Python 3.14 no longer does by itself
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(2, cores // 2), 8)
 
@@ -144,7 +145,7 @@ class ArrayCollator(SentenceTransformerDataCollator):
 
 
 def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool) -> dict[str, Any]:
-    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for a GPU.
+    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for CUDA.
 
     Args:
         masks_on_host: a GPU's batch also has each attention mask as `HOST_MASK`, on the CPU.
@@ -154,9 +155,12 @@ def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool)
         if not isinstance(array, np.ndarray):
             continue
         tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            if name.endswith(MASK) and masks_on_host:
-                moved[name.removesuffix(MASK) + HOST_MASK] = tensor
-            tensor = tensor.pin_memory()
-        moved[name] = tensor.to(device, non_blocking=True)
+        if device.type != "cuda":
+            # Waiting: MPS reads an array that is gone by then, and trains on what is there instead
+            # (https://github.com/pytorch/pytorch/issues/189690).
+            moved[name] = tensor.to(device)
+            continue
+        if name.endswith(MASK) and masks_on_host:
+            moved[name.removesuffix(MASK) + HOST_MASK] = tensor
+        moved[name] = tensor.pin_memory().to(device, non_blocking=True)
     return moved

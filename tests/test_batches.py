@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -95,6 +96,24 @@ def test_tokens_travel_as_arrays_and_arrive_as_tensors(encoder: Path) -> None:
     for name in ("input_ids", MASK):
         assert torch.equal(moved[f"sentence2_{name}"], expected[name])
     assert moved["label"].tolist() == [0.5, 1.0]
+    assert moved["label"].dtype == torch.float32  # MPS has no float64
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_cuda_alone_is_not_waited_for(
+    device: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append((device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    batch = {"sentence1_input_ids": np.ones((2, 3), np.int64), f"sentence1_{MASK}": np.ones((2, 3))}
+    moved = move_batch(batch | {"dataset_name": "sts"}, torch.device(device), masks_on_host=False)
+    assert moved.keys() == {*batch, "dataset_name"} and asked == 2 * [(device, not waits)]
 
 
 def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path) -> None:
@@ -116,22 +135,26 @@ def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes_here", "start_method", "expected"),
-    [(64, 1, "fork", 8), (12, 1, "fork", 6), (2, 1, "fork", 2), (16, 4, "fork", 2),
-     (16, 1, "spawn", 0)],
+    ("cores", "processes_here", "start_methods", "expected"),
+    [(64, 1, "spawn fork", 8), (12, 1, "fork", 6), (2, 1, "fork", 2), (16, 4, "fork", 2),
+     (16, 1, "forkserver fork spawn", 8), (16, 1, "spawn", 0)],
 )  # fmt: skip
 def test_half_of_the_cores_tokenize_for_a_gpu(
     cores: int,
     processes_here: int,
-    start_method: str,
+    start_methods: str,
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    monkeypatch.setattr(batches, "get_start_method", lambda: start_method)
+    default, *_ = methods = start_methods.split()  # as a system and a version of Python have them
+    monkeypatch.setattr(batches, "get_all_start_methods", lambda: methods)
+    taken = [default]
+    monkeypatch.setattr(batches, "set_start_method", lambda name, force: taken.append(name))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes_here))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert tokenizing_processes() == expected
+    assert taken[-1] == ("fork" if expected else default)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tokenizing_processes() == 0
 
