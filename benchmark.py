@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pandas as pd
 import torch
@@ -39,7 +38,7 @@ from common.command_line import (
     stored_command,
 )
 from common.data import DATA_DIR, file_record, read_klue_sts, read_korsts
-from common.encoders import POOLINGS, default_prompt, load_encoder, weight_files
+from common.encoders import HUB_ERRORS, POOLINGS, default_prompt, load_encoder, weight_files
 from common.evaluation import bootstrap, correlations, f1, interval
 from common.exported import OnnxEncoder, files_of
 from common.machine import device_name
@@ -165,7 +164,7 @@ def read_data(dataset: str, data_dir: Path) -> tuple[pd.DataFrame, dict]:
         print(f"{path}: not there; KLUE-STS comes from the Hub, klue/klue", file=sys.stderr)
         try:
             path = Path(hf_hub_download("klue/klue", KLUE_ON_THE_HUB, repo_type="dataset"))
-        except (OSError, httpx2.HTTPError) as error:
+        except HUB_ERRORS as error:
             reason = first_line(error)
             raise UserError(f"no {path}, and klue/klue cannot be downloaded: {reason}") from None
         table = read_klue_sts(path)
@@ -229,7 +228,7 @@ def describe(model: str, encoder: Encoder) -> dict:
     length = encoder.max_seq_length
     return {
         "revision": revision,
-        "weights": {str(path.relative_to(folder)): file_sha256(path) for path in weights},
+        "weights": {p.relative_to(folder).as_posix(): file_sha256(p) for p in weights},
         "size_bytes": sum(path.stat().st_size for path in weights),
         "parameters": parameters,
         "dimension": dimension,

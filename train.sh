@@ -10,6 +10,7 @@
 # KORNLU_URL  where to clone it from
 # KorNLUDatasets and the klue models are CC BY-SA 4.0, the demo's encoder is MIT.
 set -euo pipefail
+unset CDPATH # cd would look there, and print where it went
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -n ${DATA_DIR:-} && $DATA_DIR != /* && $PWD != "$here" ]]; then
@@ -19,9 +20,9 @@ DATA_DIR=${DATA_DIR:-KorNLUDatasets}
 KORNLU_URL=${KORNLU_URL:-https://github.com/kakaobrain/KorNLUDatasets}
 
 run() { # prints the command, then runs it
-    local shown=+ word
+    local shown=+ word quote="'\\''"
     for word in "$@"; do # quoted where a shell would split or change it
-        case $word in *[!A-Za-z0-9_./,:=+-]*) word="'$word'" ;; esac
+        case $word in *[!A-Za-z0-9_./,:=+-]*) word=\'${word//\'/$quote}\' ;; esac
         shown+=" $word"
     done
     echo "$shown" >&2

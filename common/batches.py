@@ -144,7 +144,7 @@ class ArrayCollator(SentenceTransformerDataCollator):
 
 
 def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool) -> dict[str, Any]:
-    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for CUDA's.
+    """Returns an `ArrayCollator`'s batch with tensors on the device, without waiting for CUDA.
 
     Args:
         masks_on_host: a GPU's batch also has each attention mask as `HOST_MASK`, on the CPU.
@@ -154,11 +154,12 @@ def move_batch(batch: dict[str, Any], device: torch.device, masks_on_host: bool)
         if not isinstance(array, np.ndarray):
             continue
         tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            if name.endswith(MASK) and masks_on_host:
-                moved[name.removesuffix(MASK) + HOST_MASK] = tensor
-            tensor = tensor.pin_memory()
-        # Other devices would read memory that is given back meanwhile:
-        # https://github.com/pytorch/pytorch/issues/189690 (Apple's)
-        moved[name] = tensor.to(device, non_blocking=device.type == "cuda")
+        if device.type != "cuda":
+            # Waiting: MPS reads an array that is gone by then, and trains on what is there instead
+            # (https://github.com/pytorch/pytorch/issues/189690).
+            moved[name] = tensor.to(device)
+            continue
+        if name.endswith(MASK) and masks_on_host:
+            moved[name.removesuffix(MASK) + HOST_MASK] = tensor
+        moved[name] = tensor.pin_memory().to(device, non_blocking=True)
     return moved

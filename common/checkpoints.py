@@ -44,7 +44,7 @@ def seal_checkpoint(checkpoint: Path, best_step: int | None, keep_last: int) -> 
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # hashing keeps no other thread waiting
         digests = pool.map(file_sha256, files)
-    names = [str(path.relative_to(checkpoint)) for path in files]
+    names = [path.relative_to(checkpoint).as_posix() for path in files]
     hashes = dict(zip(names, digests, strict=True))
     write_json(checkpoint / MANIFEST, hashes)
     *older, _ = found = checkpoints(checkpoint.parent)

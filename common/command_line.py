@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,7 +42,15 @@ def command_line() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the console's encoding does not have
     try:
+        for argument in sys.argv[1:]:
+            if not is_unicode(argument):
+                encoding = sys.getfilesystemencoding()
+                raise UserError(
+                    f"{argument!r}: not {encoding} text: rename what has this name, or set another "
+                    "locale (LC_ALL=C.UTF-8)"
+                )
         yield
+        _flush_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -63,6 +72,26 @@ def command_line() -> Iterator[None]:
             raise
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _flush_output() -> None:
+    """Raises `OSError` where stdout takes no more: at its exit Python would say so in its way."""
+    if sys.stdout is None:  # closed (>&-)
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Tells whether text can be written: bytes that are not of the console's encoding cannot.
+
+    A Korean folder from a Windows zip has a name of such bytes, and any in an ASCII locale.
+    """
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _system_line(error: OSError) -> str:

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -36,6 +35,9 @@ from common.command_line import UserError, expanded, file_sha256, first_line, re
 from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
+# Of the Hub's client, the proxy's address (ImportError, ValueError) and Xet (RuntimeError, too).
+HUB_ERRORS = (OSError, httpx2.HTTPError, httpx2.InvalidURL, XetDownloadError)
+HUB_ERRORS += (ImportError, RuntimeError, ValueError)
 POOLINGS = ("mean", "cls", "max")
 # Families that are computed as BERT is: trained without padding, exported by rows, to int8 too.
 BERT_LIKES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -50,10 +52,8 @@ DROPOUTS = {
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CHECK_SENTENCES = ["한 남자가 음식을 먹는다.", "가", "A man is eating 파스타 at 7시 30분. " * 40]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "checkpoints/*", "*.onnx"]
-OLD_MODULE_TYPES = {
-    kind: f"sentence_transformers.models.{kind}"
-    for kind in ("Transformer", "Pooling", "Normalize", "Dense")
-}
+OLD_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
+OLD_MODULE_TYPES = {kind: f"sentence_transformers.models.{kind}" for kind in OLD_MODULES}
 # What Dense has learnt since 2.7, and what it did before.
 NEW_DENSE_DEFAULTS = {
     "module_input_name": "sentence_embedding",
@@ -105,11 +105,12 @@ def fetch_model(name_or_path: str, *, trust_remote_code: bool = False) -> Path:
         raise UserError(
             f"{name_or_path}: no such folder, and no such model on the Hub (or it is private)"
         ) from None
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name_or_path}: no such folder, not in the cache, and the Hub cannot be reached"
+            f"{name_or_path}: no such folder, not in the cache, and the Hub cannot be reached: "
+            f"{first_line(error.__cause__ or error)}"
         ) from None
-    except (EntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(f"{name_or_path}: download failed: {first_line(error)}") from None
     _check_hashes(name_or_path, folder)
     return folder

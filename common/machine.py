@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +21,20 @@ INSTRUCTION_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "a
 
 
 def device_name(device: str | torch.device) -> str:
-    """Returns the GPU's name, or the processor's."""
-    if torch.device(device).type == "cuda":
+    """Returns the GPU's name, or the processor's; with `mps` behind it where its GPU computes."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    if sys.platform == "darwin":  # where platform says "arm"
+        with contextlib.suppress(OSError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            name = done.stdout.strip() or name
+    return name if kind == "cpu" else f"{name} ({kind})"
 
 
 def instruction_sets() -> list[str]:
@@ -45,7 +53,8 @@ def training_precision(asked: str) -> str:
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # Without emulation: GPUs before Ampere hold bf16, and compute it slower than fp32.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     names = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
     times_as_fast = bf16_times_as_fast() if names else 0.0
     taken = "bf16" if times_as_fast > FASTER else "fp32"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may be one that is not installed here
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
 
@@ -25,6 +24,7 @@ def draw_plots(results: list[dict], results_dir: Path, measurements: Path) -> No
     speed_and_size.png          SentenceTransformer and exported files, from results_dir/onnx
     score_by_cost.png           dev score against CPU seconds, from measurements/whole_run.json
     """
+    plt.rcdefaults()  # whatever matplotlibrc is here
     fonts = ["DejaVu Sans", *sorted(KOREAN_FONTS.intersection(font_manager.get_font_names()))]
     plt.rcParams.update({"font.family": fonts, "font.size": 11})
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from sentence_transformers import SentenceTransformer
 
 from common.checkpoints import last_checkpoint
@@ -41,7 +41,7 @@ from common.command_line import (
     writing,
 )
 from common.data import is_korsts_test
-from common.encoders import model_folder, save_encoder, weight_files
+from common.encoders import HUB_ERRORS, model_folder, save_encoder, weight_files
 from common.evaluation import SCORE_KEYS, SIMILARITIES, bootstrap, interval, spearman_line
 from common.machine import cost_of, device_name, process_cost, training_precision
 from common.model_card import model_card
@@ -186,6 +186,7 @@ def open_run(
             precision = read_json(folder / "run.json")["precision"]
         else:
             begun["precision"] = precision = training_precision(args.precision)
+            begun["device"] = device_name(model.device)
             _begin(folder, args, begun)
     checkpoint, precision = broadcast_object_list([checkpoint, precision])
     return Run(folder, args, checkpoint, is_main, precision, lock)
@@ -244,7 +245,6 @@ def _begin(folder: Path, args: argparse.Namespace, begun: dict[str, Any]) -> Non
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
             | {"python": platform.python_version()},
             "git_commit": _git_commit(),
-            "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
             "threads": torch.get_num_threads(),
             "started": _now(),
             "finished": None,
@@ -269,11 +269,13 @@ def _now() -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    # The second fails where the commit is not of these scripts: an archive in somebody's clone.
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD", "HEAD:./common"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None  # not a clone: a downloaded archive has no commit
+    return done.stdout.split()[0]
 
 
 # --- What a run leaves -----------------------------------------------------------------------
@@ -294,9 +296,10 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
         "chosen": result.chosen,
         "dev": result.scores,
     }
+    said = []  # printed when the run is whole: whoever reads it may be gone (a closed pipe)
     if scores["before_training"]:
-        print(f"{dev.file} before training:  {spearman_line(scores['before_training'])}")
-    print(f"{dev.file}, best ({result.chosen}): {spearman_line(result.scores)}")
+        said.append(f"{dev.file} before training:  {spearman_line(scores['before_training'])}")
+    said.append(f"{dev.file}, best ({result.chosen}): {spearman_line(result.scores)}")
     content = read_json(run.folder / "run.json") | result.figures
     parts = content["parts"]
     if test is not None:
@@ -307,18 +310,18 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
         low, high = interval(samples)
         scores |= {"test_file": test.file, "test_pairs": len(test.pairs), "test": test_scores}
         scores["test_interval"] = [low, high]
-        print(f"{test}, x100:")
-        print("  ".join(key for key in SCORE_KEYS))
-        print("  ".join(f"{100 * test_scores[key]:{len(key)}.2f}" for key in SCORE_KEYS))
+        said.append(f"{test}, x100:")
+        said.append("  ".join(key for key in SCORE_KEYS))
+        said.append("  ".join(f"{100 * test_scores[key]:{len(key)}.2f}" for key in SCORE_KEYS))
         for key, value in test_scores.items():
             if key.startswith("cosine_spearman@"):
-                print(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
+                said.append(f"cosine_spearman at {key.split('@')[1]}: {100 * value:.2f}")
         score = test_scores["cosine_spearman"]
         ends = f"[{100 * low:.2f}, {100 * high:.2f}]"
-        print(f"{test.file}: cosine_spearman {100 * score:.2f}, 95% interval {ends}")
+        said.append(f"{test.file}: cosine_spearman {100 * score:.2f}, 95% interval {ends}")
         if is_korsts_test(test.file, content["data"]):
             for name, value in nearest_published(REPOSITORY / "results", score):
-                print(f"published: {100 * value:.2f} {name}")
+                said.append(f"published: {100 * value:.2f} {name}")
     write_json(run.folder / "scores.json", scores)
     with cost_of("saving", parts):
         plot_scores(run.folder / "scores.png", dev.file, result.evaluations)
@@ -330,18 +333,17 @@ def finish_run(run: Run, result: Result, test: PairsEvaluator | None) -> None:
     write_json(run.folder / "run.json", content)
     if run.lock is not None:
         run.lock.release()
-    print(f"finished: {run.folder}")
+    print("\n".join([*said, f"finished: {run.folder}"]))
     if run.args.push_to_hub:
         push(run.folder, run.args.push_to_hub)
 
 
 def plot_scores(path: Path, dev_file: str, evaluations: list[tuple[int, Scores]]) -> None:
     """Draws the four dev Spearman correlations over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own may be one that is not installed here
     import matplotlib.pyplot as plt
 
+    plt.rcdefaults()  # whatever matplotlibrc is here
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in SIMILARITIES:
         values = [100 * scores[f"{name}_spearman"] for _, scores in evaluations]
@@ -364,7 +366,7 @@ def push(folder: Path, repository: str) -> None:
             folder_path=folder,
             ignore_patterns=["checkpoints/*", "logs/*", ".*"],
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         reason = first_line(error)
         sys.exit(f"error: {repository}: not uploaded: {reason}; {folder} is whole")
     print(f"uploaded: {repository}")

@@ -22,8 +22,10 @@ setup_python() {
     wanted=$(cat "$root"/requirements.txt "$root"/*/requirements.txt)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $1 into $("$PYTHON" -c 'import sys; print(sys.prefix)')" >&2
+        # uv's environments have no pip, nor one that Debian left unfinished without python3-venv.
+        "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2
-        printf '%s\n' "$wanted" >"$stamp"
+        { printf '%s\n' "$wanted" >"$stamp"; } 2>/dev/null || true # it may be read-only, and whole
     fi
     export PYTHON
 }

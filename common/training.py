@@ -343,6 +343,7 @@ def recipe_trainer(
     args = run.args
     say_unknown_tokens(model.tokenizer, train_data)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "logs")
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # `accelerate launch` sets it: not ours
     arguments = SentenceTransformerTrainingArguments(
         **schedule,
         output_dir=str(run.folder / "checkpoints"),

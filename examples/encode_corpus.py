@@ -50,8 +50,7 @@ from tqdm import tqdm
 
 def load_encoder(name: str) -> SentenceTransformer:
     model = SentenceTransformer(name, device="cpu").float()  # weights may be kept in half
-    # Where a model declares no prompt for documents sentence-transformers adds an empty one, which
-    # would be taken before the model's default prompt.
+    # A prompt that is not declared is an empty one here, and would go before the default one.
     model.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}
     return model
 
@@ -298,7 +297,8 @@ def open_output(args: Namespace, model: SentenceTransformer, corpus: Corpus) -> 
 
 # --- 4. Ray: as many workers as there is room for, which return their errors ---------------------
 
-MODEL_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
+MODEL_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+MODEL_ERRORS += (UnpicklingError,)
 
 
 class CarefulEncoder:
@@ -419,7 +419,7 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add, default = parser.add_argument, "default: %(default)s"

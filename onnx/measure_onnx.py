@@ -59,8 +59,10 @@ print(time.time())""",
 def first_embedding_seconds(library: str, model: Path, trust_remote_code: bool = False) -> float:
     """Returns the time from a process's start to its first embedding, the best of three."""
     seconds, arguments = [], [str(model), str(trust_remote_code)]
+    # Arguments pass in the console's encoding, which may have no Korean.
+    code = FIRST_EMBEDDING[library].encode("ascii", "backslashreplace").decode()
     for _ in range(ROUNDS):
-        command = [sys.executable, "-c", FIRST_EMBEDDING[library], *arguments]
+        command = [sys.executable, "-c", code, *arguments]
         start = time.time()
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         seconds.append(float(result.stdout.split()[-1]) - start)

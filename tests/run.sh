@@ -2,6 +2,7 @@
 # Runs ruff, then the tests. `bash tests/run.sh` leaves the slow ones out, `all` runs them too;
 # other arguments go to pytest.
 set -euo pipefail
+unset CDPATH # cd would look there, and print where it went
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source common/setup.sh
 setup_python tests/requirements.txt

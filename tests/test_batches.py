@@ -98,21 +98,24 @@ def test_tokens_travel_as_arrays_and_arrive_as_tensors(encoder: Path) -> None:
     for name in ("input_ids", MASK):
         assert torch.equal(moved[f"sentence2_{name}"], expected[name])
     assert moved["label"].tolist() == [0.5, 1.0]
+    assert moved["label"].dtype == torch.float32  # MPS has no float64
 
 
-def test_memory_that_is_not_pinned_is_not_left_before_it_is_copied(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_cuda_alone_is_not_waited_for(
+    device: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copied later to an Apple GPU, it would hold other values by then, and nothing would tell."""
-    asked, to = [], torch.Tensor.to
+    asked = []
 
-    def noted(self: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
-        asked.append(non_blocking and not self.is_pinned())
-        return to(self, *args, non_blocking=non_blocking)
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append((device.type, non_blocking))
+        return tensor
 
-    monkeypatch.setattr(torch.Tensor, "to", noted)
-    move_batch({"label": np.ones(2)}, torch.device("meta"), masks_on_host=False)
-    assert asked == [False]
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    batch = {"sentence1_input_ids": np.ones((2, 3), np.int64), f"sentence1_{MASK}": np.ones((2, 3))}
+    moved = move_batch(batch | {"dataset_name": "sts"}, torch.device(device), masks_on_host=False)
+    assert moved.keys() == {*batch, "dataset_name"} and asked == 2 * [(device, not waits)]
 
 
 def test_a_mask_on_the_host_lays_out_the_rows_where_it_is_the_same(encoder: Path) -> None:

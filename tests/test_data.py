@@ -359,6 +359,41 @@ def test_a_full_disk_in_a_thread_is_one_line_too(capsys):
     assert capsys.readouterr().err == "error: events: No space left on device\n"
 
 
+def test_a_name_that_is_no_text_is_refused_before_anything_is_done(monkeypatch, capsys):
+    name = os.fsdecode("한글".encode("cp949"))  # of a Windows zip, on a UTF-8 console
+    monkeypatch.setattr(sys, "argv", ["script.py", "--run_dir", f"runs/{name}"])
+    with pytest.raises(SystemExit) as end, command_line():
+        raise AssertionError("the script began")
+    assert end.value.code == 2
+    expected = f"error: {f'runs/{name}'!r}: not utf-8 text: rename what has this name"
+    assert "\\udcc7" in expected and capsys.readouterr().err.startswith(expected)
+
+
+PRINTS = """
+from common.command_line import command_line
+with command_line():
+    print("a score")
+"""
+
+
+def test_an_output_that_takes_nothing_is_one_line_and_status_1():
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS],
+        cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: Broken pipe\n")
+
+
+def test_a_closed_output_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with command_line():
+        print("a score")
+
+
 # --- what is read past, and what stays text --------------------------------------------------
 
 
@@ -667,6 +702,18 @@ def test_every_script_runs_inside_command_line():
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text:
             assert "with command_line():" in text or "reconfigure(errors=" in text, path
+
+
+def test_a_published_file_is_known_by_windows_line_ends_too(monkeypatch, write, capsys):
+    content = STS_HEADER + STS_ROW
+    path = write(content, "sts-test.tsv")
+    identity = blob_id(path)
+    monkeypatch.setitem(PUBLISHED_BLOB_IDS, path.name, identity)
+    for ends, published in (("\n", True), ("\r\n", True), (" \n", False)):
+        path.write_bytes(content.replace("\n", ends).encode())
+        record = file_record(path, 1)
+        assert record["published"] == published == (record["blob_id"] == identity)
+        assert bool(capsys.readouterr().err) != published
 
 
 def test_korsts_test_is_a_name_and_its_published_content() -> None:

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import httpx2
 import numpy as np
 import pytest
 import torch
 from encoders import add_module_with_code, edit_json, write_family, write_plain_encoder
 from hub import Hub
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, close_session
+from huggingface_hub.errors import HfHubHTTPError, XetDownloadError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
@@ -91,8 +92,46 @@ def test_a_fault_of_the_hub_is_one_line_and_leaves_no_half_model(
 def test_an_unreachable_hub_is_said(hub, tmp_path, monkeypatch):
     hub.url = "http://127.0.0.1:9"  # nothing listens on the discard port
     hub.patch(monkeypatch, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"owner/model: .*the Hub cannot be reached"):
+    with pytest.raises(UserError, match=r"owner/model: .*Hub cannot be reached: .*refused$"):
         load_encoder("owner/model")
+
+
+@pytest.mark.parametrize(
+    "proxy, reason",
+    [("socks5://127.0.0.1:9", ""), ("ftp://company:8080", "scheme"), ("http://[", "")],
+)
+def test_a_proxy_that_is_none_is_one_line(hub, tmp_path, monkeypatch, proxy, reason):
+    hub.patch(monkeypatch, tmp_path / "cache")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    close_session()  # a client's proxy is that of its beginning
+    try:
+        with pytest.raises(UserError, match=rf"owner/model: .*{reason}") as error:
+            load_encoder("owner/model")
+        assert "\n" not in str(error.value)
+    finally:
+        close_session()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Data processing error: CAS service error: Request failed\nafter 5 retries"),
+        XetDownloadError("no address to download from"),
+        httpx2.InvalidURL("Invalid port"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_stops_a_download_is_one_line(tmp_path, monkeypatch, error):
+    def download(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(encoders, "snapshot_download", download)
+    with pytest.raises(UserError) as found:
+        load_encoder("owner/model")
+    assert str(found.value) == f"owner/model: download failed: {str(error).splitlines()[0]}"
 
 
 def test_an_old_bin_of_the_hub_loads_and_a_pickle_with_more_is_refused(

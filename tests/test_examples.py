@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,37 @@ def test_a_console_without_korean_gets_its_scores(
     printed = console.buffer.getvalue().decode("ascii")
     assert len(re.findall(r"\d\.\d{4}", printed)) == 15
     assert "? ??? ???? ???." in printed
+
+
+@pytest.mark.parametrize(
+    "example", [encode_corpus, semantic_search, semantic_search_onnx, vector_search]
+)
+def test_a_closed_output_is_no_error(example: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of >&-
+    monkeypatch.setattr(sys, "argv", ["example", "--help"])
+    with pytest.raises(SystemExit) as end:
+        example.main()
+    assert end.value.code == 0
+
+
+def test_a_proxy_that_needs_another_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raise_error(*_: object, **__: object) -> None:
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    for place in ("encode_corpus", "semantic_search", "sentence_transformers"):
+        monkeypatch.setattr(f"{place}.SentenceTransformer", raise_error)
+    monkeypatch.setattr(sys, "argv", ["example", "--model", "owner/model"])
+    with pytest.raises(SystemExit) as end:
+        semantic_search.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: owner/model: ") and "socksio" in line
+    with pytest.raises(encode_corpus.UserError, match="socksio"):
+        encode_corpus.load_model(SimpleNamespace(model="owner/model", dim=None))
+    with pytest.raises(vector_search.UserError, match="socksio"):
+        vector_search.load_model("owner/model")
 
 
 def test_the_search_shows_one_sentence_at_least(tmp_path: Path) -> None:

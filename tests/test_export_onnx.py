@@ -1,5 +1,6 @@
 """Exports tiny encoders, and the offline one where it exists, and compares every vector."""
 
+import ast
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -1027,3 +1029,21 @@ def test_the_readmes_python_gives_the_models_embeddings(tmp_path, export, monkey
     exec(code, names)
     expected = load_encoder(str(folder), device="cpu").encode(names["sentences"])
     np.testing.assert_allclose(names["embeddings"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", measure_onnx.FIRST_EMBEDDING)
+def test_what_is_timed_passes_a_console_without_korean(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=f"{time.time()}\n")
+
+    monkeypatch.setattr(measure_onnx.subprocess, "run", run)
+    assert measure_onnx.first_embedding_seconds(library, Path("model")) >= 0
+    for _, _, code, *arguments in commands:
+        assert code.isascii() and arguments == ["model", "False"]
+        texts = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+        assert "첫 문장" in texts

@@ -78,6 +78,22 @@ def test_no_file_outside_tests_is_too_long() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
 
 
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    """Each text file is opened with its encoding: the default one is the machine's."""
+    for path in tracked(*CODE):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            of_path = isinstance(node.func, ast.Attribute) and node.func.attr
+            mode = [value.value for value in node.args if isinstance(value, ast.Constant)]
+            opens = of_path == "open" or getattr(node.func, "id", "") == "open"
+            is_text = of_path in ("read_text", "write_text") or (
+                opens and "b" not in str(mode[-1:])
+            )
+            named = {keyword.arg for keyword in node.keywords}
+            assert not is_text or "encoding" in named, f"{path}:{node.lineno}"
+
+
 def test_the_old_modules_are_gone() -> None:
     old = {"training_util", "data_util", "evaluation_util", "model_util"}
     for path in tracked(*CODE, "tests/*.py"):

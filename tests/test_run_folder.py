@@ -9,16 +9,19 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import KORNLU, SAMPLES, run, start, weights
+from commands import KORNLU, OFFLINE, REPOSITORY, SAMPLES, run, start, weights
 from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 
+from common import run_folder
 from common.checkpoints import changed_file, checkpoints, last_checkpoint, step_of
 from common.command_line import UserError
 
@@ -364,3 +367,71 @@ def test_a_run_killed_while_it_began_leaves_nothing_in_the_way(
     assert run("training_sts.py", encoder, *options).returncode == 0
     again = run("training_sts.py", encoder, *options)
     assert again.returncode == 2 and "not empty; --resume goes on with a run" in again.stderr
+
+
+PICTURES = [
+    "from common.evaluation import SIMILARITIES\n"
+    "from common.run_folder import plot_scores\n"
+    "scores = {f'{name}_spearman': 0.5 for name in SIMILARITIES}\n"
+    "plot_scores(Path('scores.png'), 'dev.tsv', [(0, scores), (4, scores)])\n",
+    "from common.plots import draw_plots\n"
+    "draw_plots([], Path(), Path(sys.argv[1]))\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "picture"), list(zip(PICTURES, ("scores", "score_by_cost"), strict=True))
+)
+def test_pictures_take_no_settings_of_a_notebook_or_a_user(
+    code: str, picture: str, tmp_path: Path
+) -> None:
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 40\n")
+    settings = "print([matplotlib.rcParams[name] for name in ('text.usetex', 'lines.linewidth')])"
+    code = f"import sys\nfrom pathlib import Path\n{code}import matplotlib\n{settings}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, REPOSITORY / "measurements"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=OFFLINE | {"MPLBACKEND": "module://of_a_notebook.that_is_not_here"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[False, 1.5]\n"), done.stderr
+    assert (tmp_path / f"{picture}.png").is_file()
+
+
+def test_the_commit_is_one_of_these_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+
+    def commit(*paths: str) -> str:
+        for line in (["add", *paths], ["commit", "-q", "-m", "a commit"]):
+            subprocess.run([*git, *line], check=True, cwd=tmp_path)
+        head = [*git, "rev-parse", "HEAD"]
+        return subprocess.run(head, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+
+    subprocess.run([*git, "init", "-q"], check=True, cwd=tmp_path)
+    for name in ("theirs.txt", "unpacked/common/run_folder.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.setattr(run_folder, "REPOSITORY", tmp_path / "unpacked")
+    assert run_folder._git_commit() is None  # no commit at all
+    commit("theirs.txt")
+    assert run_folder._git_commit() is None  # one of what is around it
+    expected = commit("unpacked")
+    assert run_folder._git_commit() == expected and len(expected) == 40
+
+
+def test_a_run_is_whole_before_its_scores_are_printed(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def print_nothing(*said: str, file: object = None, **_: object) -> None:
+        if file is None:  # stdout: whoever read it is gone
+            written.append((tmp_path / "run/modules.json").is_file())
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(run_folder, "print", print_nothing, raising=False)
+    done = run("training_sts.py", encoder, "--max_steps", 1, "--run_dir", tmp_path / "run")
+    assert (done.returncode, done.stdout, written) == (1, "", [True])
+    assert done.stderr.splitlines()[-1] == "error: system: Broken pipe"
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]

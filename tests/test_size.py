@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import REPOSITORY, SAMPLES, Started, run_script
-from test_train_sh import copy_of_train_sh, train_sh
+from test_train_sh import TRUE, copy_of_train_sh, train_sh
 from transformers import AutoTokenizer
 
 from common import machine, whole_runs
@@ -159,7 +159,7 @@ def test_the_librarys_own_trainer_is_timed(tmp_path: Path) -> None:
 
 
 def test_the_options_are_those_of_train_sh(tmp_path: Path) -> None:
-    done = train_sh(copy_of_train_sh(tmp_path, "/bin/true"), "ko-sroberta-v2")
+    done = train_sh(copy_of_train_sh(tmp_path, TRUE), "ko-sroberta-v2")
     places = ("--model_name_or_path", "--run_dir", "--precision", "--data_dir")
     for line, measured in zip(
         done.stderr.splitlines(), (size.NLI_OF_V2, size.STS_OF_V2), strict=True

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -386,6 +387,45 @@ def test_precision_auto_takes_bf16_where_it_is_faster(
     assert capsys.readouterr().err.startswith(f"precision auto: {taken}")
     assert machine.training_precision("fp32") == "fp32"
     assert capsys.readouterr().err == ""
+
+
+def test_the_precision_is_that_of_the_option_alone(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plain", "launched"):
+        done = run("training_sts.py", encoder, "--max_steps", 2, "--no_test",
+                   "--run_dir", tmp_path / name)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
+    plain, launched = (weights(tmp_path / name) for name in ("plain", "launched"))
+    assert all(torch.equal(plain[name], launched[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("major", "taken"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
+def test_precision_auto_takes_no_bf16_that_a_gpu_emulates(
+    major: int, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    properties = SimpleNamespace(major=major)  # 7: T4, V100
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert machine.training_precision("auto") == taken
+
+
+def test_a_mac_is_named_and_so_is_where_it_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo Apple M4\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.device_name("cpu") == "Apple M4"
+    assert machine.device_name(torch.device("mps")) == "Apple M4 (mps)"
+    sysctl.unlink()
+    assert machine.device_name("mps").endswith(" (mps)") and len(machine.device_name("cpu")) > 1
 
 
 def test_precision_auto_is_decided_once(

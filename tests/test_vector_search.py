@@ -150,6 +150,16 @@ def test_a_console_shows_what_it_can(tiny: Path, server: Path, tmp_path: Path) -
     assert [text for _, text in HIT.findall(printed)] == ["여우?가 뛴다."]
 
 
+def test_a_locale_that_is_not_installed_is_none_of_the_servers(tiny: Path, tmp_path: Path) -> None:
+    environment = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("LC_")}
+    line = command(tiny, tmp_path / "data")
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=environment | {"LANG": "xx_XX.UTF-8"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "demo: 9 new of 9 sentences" in done.stdout
+
+
 def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Path) -> None:
     file = tmp_path / "many.txt"
     file.write_text("".join(f"{i}번째 문장입니다.\n" for i in range(20_000)), encoding="utf-8")
