@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 from sentence_transformers.sentence_transformer.losses import (
     CosineSimilarityLoss,
@@ -24,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from common.batches import no_duplicates_batches, share, shuffled_batches
 from common.command_line import command_line
-from common.options import check_options, recipe_parser, start_processes
+from common.options import FILES, check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
 from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
@@ -36,7 +35,7 @@ def main() -> None:
     parser = recipe_parser(__doc__.splitlines()[0], "kor_multi_", num_epochs=5, scored_pairs=True)
     parser.add_argument("--nli_batch_size", type=int, default=64, help="triplets an NLI step")
     parser.add_argument("--sts_batch_size", type=int, default=8, help="pairs an STS step")
-    parser.add_argument("--train_files", type=Path, nargs="+", help="KorNLI files instead of both")
+    parser.add_argument("--train_files", **FILES, help="KorNLI files instead of both")
     args = parser.parse_args()
     processes = start_processes()
     check_options(args, processes)

@@ -15,14 +15,13 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
-from pathlib import Path
 
 from sentence_transformers.sentence_transformer import losses
 
 from common.batches import no_duplicates_batches, share
 from common.command_line import UserError, command_line
 from common.encoders import load_encoder
-from common.options import check_options, recipe_parser, start_processes
+from common.options import FILES, check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
 from common.splits import read_data
 from common.training import load_model, recipe_loss, recipe_trainer, train
@@ -51,8 +50,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--train_files",
-        type=Path,
-        nargs="+",
+        **FILES,
         help="KorNLI files; default: multinli.train.ko.tsv and snli_1.0_train.ko.tsv of data_dir",
     )
     parser.add_argument(

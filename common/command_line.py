@@ -6,6 +6,7 @@ Ctrl-C. Progress goes to stderr, results to stdout.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -27,6 +28,31 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 class UserError(Exception):
     """A bad argument, file or model: its message is all that a user needs to put it right."""
+
+
+class Once(argparse.Action):
+    """An option that may not be given twice: argparse would drop the first without a word.
+
+    Its `const` says what to do instead.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise UserError(f"{option_string} is given twice: {self.const}")
+        setattr(namespace, self.dest, values)
+
+
+def positive(text: str) -> int:
+    """Returns a whole number above 0, as argparse's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 @contextlib.contextmanager

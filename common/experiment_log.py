@@ -46,6 +46,7 @@ KEYS = (
     "started", "finished", "data", "versions", *FIGURES, "before_training", "evaluations", "tried",
     "chosen", "dev", "test",
 )  # fmt: skip
+JOINED = ("--train_file", "--train_files")  # options whose values add up
 LOG_COLUMNS = {  # name: how it is aligned
     "Date": "---", "Commit": "---", "Run": "---", "Seed": "---:", "Threads": "---:",
     "Processor": "---", "Precision": "---", "Steps": "---:", "Training CPU s": "---:",
@@ -101,7 +102,9 @@ def read_rows(results_dir: Path) -> dict[str, dict]:
 
 
 def without_repeats(arguments: Iterable[str], leave_out: Sequence[str] = ()) -> list[str]:
-    """Returns a command line with each option once, with its last values: as argparse takes it.
+    """Returns a command line with each option once, as argparse takes it.
+
+    With its last values; `JOINED` ones with all of them.
 
     Args:
         arguments: the interpreter, the script, its options.
@@ -113,7 +116,8 @@ def without_repeats(arguments: Iterable[str], leave_out: Sequence[str] = ()) -> 
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
-            values = options[name] = [value] if equals else []
+            values = options[name] = options.get(name, []) if name in JOINED else []
+            values += [value] * bool(equals)
         else:
             values.append(argument)
     kept = [[name, *values] for name, values in options.items() if name not in leave_out]

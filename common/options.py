@@ -12,10 +12,13 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import get_token
 
-from common.command_line import UserError
+from common.command_line import Once, UserError
 from common.data import DATA_DIR
 from common.encoders import POOLINGS
 from common.run_folder import check_folder
+
+FILES = {"type": Path, "action": "extend", "nargs": "+", "metavar": "FILE"}  # one behind the other
+FILE = {"type": Path, "action": Once, "const": "put all pairs in one file", "metavar": "FILE"}
 
 
 def recipe_parser(
@@ -59,10 +62,10 @@ def recipe_parser(
     )
     add = parser.add_argument_group("data of your own (forms: docs/own_data.md)").add_argument
     if scored_pairs:
-        add("--train_file", type=Path, nargs="+", metavar="FILE", help="pairs instead of KorSTS's")
+        add("--train_file", **FILES, help="pairs instead of KorSTS's; of several files all")
         add("--dev_share", type=float, metavar="S", help="split this share of train off as dev")
-    add("--dev_file", type=Path, metavar="FILE", help="pairs instead of KorSTS's dev set")
-    add("--test_file", type=Path, metavar="FILE", help="pairs instead of KorSTS's test set")
+    add("--dev_file", **FILE, help="pairs instead of KorSTS's dev set")
+    add("--test_file", **FILE, help="pairs instead of KorSTS's test set")
     add(
         "--max_score",
         type=float,

@@ -126,12 +126,13 @@ def test_a_row_has_what_the_tables_and_a_repetition_need(tmp_path: Path) -> None
         "weights": {"model.safetensors": "00ff"},
     }  # fmt: skip
     options = {"seed": 1, "learning_rate": 2e-5, "save_steps": 5, "run_dir": "/home/a/run",
-               "train_files": ["/home/a/xnli.tsv"], "model_name_or_path": "klue/roberta-base",
-               "prompt": "query: ", "data_dir": "KorNLUDatasets"}  # fmt: skip
+               "train_files": ["/home/a/a.tsv", "b.tsv", "/home/a/c.tsv"],
+               "model_name_or_path": "klue/roberta-base", "prompt": "query: ",
+               "data_dir": "KorNLUDatasets"}  # fmt: skip
     command = (
-        "python training_nli.py --learning_rate 5e-5 --train_files /home/a/old.tsv b.tsv "
+        "python training_nli.py --learning_rate 5e-5 --train_files /home/a/a.tsv b.tsv "
         "--model_name_or_path klue/roberta-base --prompt 'query: ' --save_steps=30 "
-        "--train_files /home/a/xnli.tsv --learning_rate 2e-5 --save_steps 5 --seed 1 --resume"
+        "--train_files=c.tsv --learning_rate 2e-5 --save_steps 5 --seed 1 --resume"
     )
     run = write_run(tmp_path / "run", "2026-01-01T00:01:00+00:00", command=command,
                     options=options, **figures)  # fmt: skip
@@ -146,11 +147,11 @@ def test_a_row_has_what_the_tables_and_a_repetition_need(tmp_path: Path) -> None
         "short", "measured", 5, 1,
     )  # fmt: skip
     assert row["command"] == (
-        "python training_nli.py --learning_rate 2e-5 --train_files xnli.tsv "
+        "python training_nli.py --learning_rate 2e-5 --train_files a.tsv b.tsv c.tsv "
         "--model_name_or_path klue/roberta-base --prompt 'query: ' --save_steps 5"
     )
     assert row["options"] == {
-        "learning_rate": 2e-5, "save_steps": 5, "train_files": ["xnli.tsv"],
+        "learning_rate": 2e-5, "save_steps": 5, "train_files": ["a.tsv", "b.tsv", "c.tsv"],
         "model_name_or_path": "klue/roberta-base", "prompt": "query: ",
     }  # fmt: skip
     part = experiment_log.generated_parts(tmp_path / "results", tmp_path)["log-short"]

@@ -50,6 +50,16 @@ def test_options_that_cannot_work_are_refused(options: list[str], message: str) 
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_train_files_add_up_and_a_second_dev_or_test_file_is_refused() -> None:
+    parser = recipe_parser("", "x_", 1, scored_pairs=True)
+    args = parser.parse_args(["--train_file", "a", "b", "--train_file", "c", "--dev_file", "d"])
+    assert args.train_file == [Path("a"), Path("b"), Path("c")] and args.dev_file == Path("d")
+    assert parser.parse_args([]).train_file is None
+    for option in ("--dev_file", "--test_file"):
+        with pytest.raises(UserError, match=f"^{option} is given twice: put all pairs in one f"):
+            options_of(option, "a", option, "b")
+
+
 def test_a_dim_above_the_model_and_a_length_above_its_positions(encoder: Path) -> None:
     model = ["--model_name_or_path", str(encoder)]
     with pytest.raises(UserError, match="--matryoshka_dims 64: the model has 32"):

@@ -420,6 +420,29 @@ def test_a_resume_wants_the_same_contents_under_any_name(encoder: Path, tmp_path
         assert ("other.csv: another content than the run in " in done.stderr) == (status == 2)
 
 
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("training_sts.py", "--train_file"),
+        ("training_nli.py", "--train_files"),
+        ("training_multi-task.py", "--train_file"),
+        ("training_multi-task.py", "--train_files"),
+    ],
+)
+def test_of_train_files_given_one_by_one_each_is_read(
+    script: str, option: str, encoder: Path, tmp_path: Path
+) -> None:
+    rows = sample_pairs("train") if option == "--train_file" else sample_triplets(20)
+    good = write(rows, tmp_path / "good.csv")
+    bad = write(rows.replace({rows.columns[1]: {rows.iloc[2, 1]: " "}}), tmp_path / "bad.csv")
+    scale = ["--max_score", 10] if option == "--train_file" else []
+    for files in ((good, bad), (bad, good)):
+        more = [part for file in files for part in (option, file)]
+        done = run(script, encoder, *more, *scale, "--run_dir", tmp_path / "run")
+        says = f"error: {bad}:4: {rows.columns[1]} is blank"
+        assert done.returncode == 2 and done.stderr.splitlines()[-1] == says
+
+
 @pytest.fixture
 def sheet(tmp_path: Path) -> Path:
     """A CSV of 200 rows as a spreadsheet leaves it: BOM, CRLF, quotes, commas, blank lines."""
