@@ -286,6 +286,8 @@ def benchmark(
     embeddings, pairs = encode_pairs(encoder, table, prompt, progress=name)
     seconds = time.perf_counter() - start
 
+    row = {"name": name, "dataset": args.dataset, "embedding_precision": args.embedding_precision}
+    results.check_file(args.results_dir, row | {"model": description})
     def entry(embeddings: np.ndarray) -> dict:
         scores, samples = score(embeddings, pairs, table, args.embedding_precision)
         return {"scores": scores, "intervals": {key: interval(samples[key]) for key in scores}}

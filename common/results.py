@@ -64,11 +64,40 @@ ONNX_HEADER = "| 파일 | MB | 문장/초, 배치 32 | 배치 1 | 첫 임베딩(
 # --- Result files ----------------------------------------------------------------------------
 
 
-def write_result(results_dir: Path, result: dict) -> None:
-    """Writes a measured result under the name that the top of this file says."""
+def result_file(results_dir: Path, result: dict) -> Path:
+    """Returns where a result goes: see the top of this file."""
     parts = [result["name"].replace("/", "--"), result["embedding_precision"], result["dataset"]]
     name = ".".join([parts[0], *(part for part in parts[1:] if part not in ("float32", "korsts"))])
-    write_json(results_dir / f"{name}.json", result)
+    return results_dir / f"{name}.json"
+
+
+def check_file(results_dir: Path, result: dict) -> None:
+    """Raises `UserError` where the file of a result holds another model's, or none.
+
+    Args:
+        result: name, embedding_precision, dataset and model of what is to be measured.
+    """
+    path = result_file(results_dir, result)
+    if not path.is_file():
+        return
+
+    def identity(row: dict) -> list:
+        weights = row.get("model", {}).get("weights", {})
+        keys = ("name", "embedding_precision", "dataset")
+        return [sorted(weights.values()), *(row.get(key) for key in keys)]
+
+    with form_of(path, "no result of benchmark.py"):
+        before = read_json(path)
+        if identity(before) != identity(result):
+            raise UserError(
+                f"{path}: holds the result of {before['name']} with other weights or embeddings: "
+                f"give this {result['name']} another --name, or remove the file"
+            )
+
+
+def write_result(results_dir: Path, result: dict) -> None:
+    """Writes a measured result."""
+    write_json(result_file(results_dir, result), result)
 
 
 def read_results(results_dir: Path) -> list[dict]:

@@ -118,8 +118,11 @@ def main() -> None:
     known = read_rows(args.results_dir)
     rows = []
     for folder in args.runs:
-        before = known.get(folder.resolve().name, {"group": "other"})["group"]
-        rows.append(read_run(folder, args.group or before))
+        before = known.get(folder.resolve().name)
+        rows.append(read_run(folder, args.group or (before["group"] if before else "other")))
+        if before and before["started"] != rows[-1]["started"]:
+            name = rows[-1]["run"]
+            raise UserError(f"{folder}: the log has another run named {name}: rename the folder")
     for row in rows:
         path = args.results_dir / "experiments" / f"{row['run']}.json"
         write_json(path, row)

@@ -435,6 +435,37 @@ def test_an_interrupted_write_leaves_the_old_file_whole(run, plain, tmp_path, mo
     def half(self, text, **options):
         write_text(self, text[: len(text) // 2], **options)
         raise KeyboardInterrupt
+def test_two_models_of_one_name_do_not_replace_each_other(run, plain, trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "tiny")
+    assert run(plain)[0] == 0
+    says = "with other weights or embeddings: give this {} another --name, or remove the file"
+    for name, first, second in (
+        ("tiny", [plain], [other]),
+        ("tiny.int8", [other, "--name", "tiny.int8"], [plain, "--embedding_precision", "int8"]),
+        ("a--b", [plain, "--name", "a--b"], [other, "--name", "a/b"]),
+    ):
+        assert run(*first)[0] == 0
+        file = tmp_path / "results" / f"{name}.json"
+        before = file.read_bytes()
+        status, _, err = run(*second)
+        row = name.removesuffix(".int8").replace("--", "/")
+        line = f"error: {file}: holds the result of {name} {says.format(row)}"
+        assert (status, err.splitlines()[-1]) == (2, line)
+        assert file.read_bytes() == before
+    assert run(shutil.copytree(plain, tmp_path / "moved/tiny"), "--prompt", "비")[0] == 0
+    assert read(tmp_path, "tiny")["prompt"] == "비"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"name": "x"}', '{"model": 3}'])
+def test_a_file_that_is_no_result_is_not_overwritten(run, plain, tmp_path, content):
+    file = tmp_path / "results" / "tiny.json"
+    file.parent.mkdir()
+    file.write_text(content)
+    status, _, err = run(plain)
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {file}: ")
+    assert file.read_text() == content
+
+
 
     monkeypatch.setattr(Path, "write_text", half)
     status, _, err = run(plain, "--prompt", "비")

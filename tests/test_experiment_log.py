@@ -115,6 +115,12 @@ def test_two_runs_of_one_name_do_not_replace_each_other(tmp_path: Path) -> None:
     done = collect(tmp_path / "results", *runs)
     assert done.returncode == 2 and "error: two runs are named run: " in done.stderr
     assert not (tmp_path / "results").exists()
+    later = write_run(tmp_path / "c/run", None, started="2026-01-01T00:00:01+00:00")
+    before = collected(tmp_path / "results", runs[0])
+    done = collect(tmp_path / "results", write_run(tmp_path / "new", None), later)
+    says = f"error: {later}: the log has another run named run: rename the folder\n"
+    assert (done.returncode, done.stderr) == (2, says)
+    assert experiment_log.read_rows(tmp_path / "results") == before
 
 
 def test_a_row_has_what_the_tables_and_a_repetition_need(tmp_path: Path) -> None:
