@@ -30,6 +30,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 from common import experiment_log, plots, results, whole_runs
 from common.command_line import (
     REPOSITORY,
+    Once,
     UserError,
     command_line,
     expanded,
@@ -83,7 +84,9 @@ def parse_arguments() -> argparse.Namespace:
     klue_help = f"folder of KorSTS/sts-test.tsv, or of {KLUE_FILE} (if not there: from the Hub)"
     add("--data_dir", type=Path, default=DATA_DIR, help=klue_help)
     add("--results_dir", type=Path, default=REPOSITORY / "results", help="default: results/ here")
-    add("--matryoshka_model", metavar="M", help="a MODEL, scored at several dims, encoded once")
+    matryoshka_help = "a MODEL, scored at several dims, encoded once; may be given several times"
+    many = {"action": "append", "default": []}
+    add("--matryoshka_model", **many, metavar="M", help=matryoshka_help)
     add("--matryoshka_dims", help="falling, with commas; default 768,512,256,128,64,32")
     add("--prompt", help="put before each sentence; default: what the model declares")
     precision_help = "embeddings as an index keeps them (int8: in the ranges of these sentences)"
@@ -94,7 +97,8 @@ def parse_arguments() -> argparse.Namespace:
         "is over the pairs of the corpus: another training seed may differ by more. A1,A2,... "
         "stands for the mean of the scores of several models, such as the seeds of one recipe"
     )
-    add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
+    once = {"action": Once, "const": "one comparison at a time"}
+    add("--compare", **once, nargs=2, metavar=("A", "B"), help=compare_help)
     leave_out_help = (
         "with --compare: leave out the pairs that occur in KorSTS's train or dev file in either "
         "order, or all pairs with one of their sentences"
@@ -107,7 +111,8 @@ def parse_arguments() -> argparse.Namespace:
         "write the generated tables of all Markdown files here (or of FILE) from results/ and "
         "measurements/, and the plots to results_dir"
     )
-    add("--update_readme", nargs="*", type=Path, metavar="FILE", help=readme_help)
+    files = {"action": "extend", "nargs": "*", "type": Path, "metavar": "FILE"}
+    add("--update_readme", **files, help=readme_help)
     args = parser.parse_args()
 
     if args.matryoshka_dims and not args.matryoshka_model:
@@ -122,8 +127,7 @@ def parse_arguments() -> argparse.Namespace:
         args.dims = [int(dim) for dim in args.matryoshka_dims.split(",")] if is_list else []
         if not is_list or args.dims != sorted(set(args.dims), reverse=True):
             raise UserError(f"--matryoshka_dims {args.matryoshka_dims}: not like 768,256,64")
-    if args.matryoshka_model and args.matryoshka_model not in args.models:
-        args.models.append(args.matryoshka_model)
+    args.models += [model for model in args.matryoshka_model if model not in args.models]
     if not (args.models or args.compare) and args.update_readme is None:
         args.models = MODELS
     if args.name and len(args.models) != 1:
@@ -282,12 +286,12 @@ def benchmark(
     if dims and dims[0] > (dimension := description["dimension"]):
         raise UserError(f"--matryoshka_dims {dims[0]}: {model} has {dimension} dimensions")
     name = args.name or row_name(model)
+    row = {"name": name, "dataset": args.dataset, "embedding_precision": args.embedding_precision}
+    results.check_file(args.results_dir, row | {"model": description})
     start = time.perf_counter()
     embeddings, pairs = encode_pairs(encoder, table, prompt, progress=name)
     seconds = time.perf_counter() - start
 
-    row = {"name": name, "dataset": args.dataset, "embedding_precision": args.embedding_precision}
-    results.check_file(args.results_dir, row | {"model": description})
     def entry(embeddings: np.ndarray) -> dict:
         scores, samples = score(embeddings, pairs, table, args.embedding_precision)
         return {"scores": scores, "intervals": {key: interval(samples[key]) for key in scores}}
@@ -393,7 +397,7 @@ def main() -> None:
         compare(args, table)
     for model in args.models:
         is_published_mrl = args.models is MODELS and model.endswith("-mrl")
-        dims = args.dims if is_published_mrl or model == args.matryoshka_model else []
+        dims = args.dims if is_published_mrl or model in args.matryoshka_model else []
         try:
             measured.append(benchmark(model, args, table, data, dims))
         except UserError as error:

@@ -179,6 +179,13 @@ def test_the_batch_size_changes_nothing_beyond_rounding(plain):
         assert scores == pytest.approx(correlations(expected, second, table["score"]), abs=1e-6)
 
 
+def test_each_model_that_is_to_be_scored_at_several_dims_is(run, plain, trained, tmp_path):
+    models = ("--matryoshka_model", plain, "--matryoshka_model", trained)
+    status, _, err = run(*models, "--matryoshka_dims", "32,16")
+    assert status == 0, err
+    assert [list(read(tmp_path, name)["dims"]) for name in ("tiny", "run")] == [["32", "16"]] * 2
+
+
 @pytest.mark.parametrize("precision", ["int8", "binary"])
 def test_quantised_embeddings_are_rows_of_their_own(run, plain, tmp_path, precision, monkeypatch):
     # One at a time on both sides: another batch rounds differently, on some CPUs by just what puts
@@ -348,6 +355,7 @@ def test_files_of_two_exports_are_not_mixed(run, tmp_path, name, change):
         (["~nobody-here"], "~nobody-here: no such folder"),
         (["두 낱말.onnx"], "두 낱말: no name for a row (letters, digits, - . _): give --name"),
         (["a/a", "a/a"], "two rows would be named a/a"),
+        (["--compare", "a/a", "b/b"] * 2, "--compare is given twice: one comparison at a time"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_line(run, tmp_path, arguments, reason):
@@ -427,14 +435,6 @@ def test_models_of_the_hub_that_fail_are_named_and_the_others_still_run(
         assert read(tmp_path, "owner--good")["scores"] == result["scores"]
 
 
-def test_an_interrupted_write_leaves_the_old_file_whole(run, plain, tmp_path, monkeypatch):
-    assert run(plain)[0] == 0
-    before = (tmp_path / "results" / "tiny.json").read_bytes()
-    write_text = Path.write_text
-
-    def half(self, text, **options):
-        write_text(self, text[: len(text) // 2], **options)
-        raise KeyboardInterrupt
 def test_two_models_of_one_name_do_not_replace_each_other(run, plain, trained, tmp_path):
     other = shutil.copytree(trained, tmp_path / "tiny")
     assert run(plain)[0] == 0
