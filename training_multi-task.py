@@ -21,7 +21,12 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-from common.batches import no_duplicates_batches, share, shuffled_batches
+from common.batches import (
+    check_accumulation,
+    no_duplicates_batches,
+    share,
+    shuffled_batches,
+)
 from common.command_line import command_line
 from common.options import FILES, check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
@@ -48,7 +53,8 @@ def main() -> None:
     accumulation = args.gradient_accumulation_steps
     sts_batches = math.ceil((rows - rows % processes) / args.sts_batch_size)
     nli_batches = max(1, len(triplets) // args.nli_batch_size)
-    steps_per_epoch = 2 * math.ceil(min(sts_batches, nli_batches) / accumulation)
+    check_accumulation(accumulation, min(sts_batches, nli_batches))
+    steps_per_epoch = 2 * round(min(sts_batches, nli_batches) / accumulation)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
     schedule = {
         "learning_rate": args.learning_rate,

@@ -18,7 +18,7 @@ from functools import partial
 
 from sentence_transformers.sentence_transformer import losses
 
-from common.batches import no_duplicates_batches, share
+from common.batches import check_accumulation, no_duplicates_batches, share
 from common.command_line import UserError, command_line
 from common.encoders import load_encoder
 from common.options import FILES, check_options, recipe_parser, start_processes
@@ -69,6 +69,7 @@ def main() -> None:
 
     # 3. Batches and schedule: full ones without a text twice
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
+    check_accumulation(args.gradient_accumulation_steps, batches_per_epoch)
     steps_per_epoch = max(1, batches_per_epoch // args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
     schedule = {

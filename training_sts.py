@@ -17,7 +17,7 @@ import math
 import torch
 from sentence_transformers.sentence_transformer import losses
 
-from common.batches import share, shuffled_batches
+from common.batches import check_accumulation, share, shuffled_batches
 from common.command_line import command_line
 from common.options import check_options, recipe_parser, start_processes
 from common.run_folder import finish_run, open_run
@@ -70,7 +70,8 @@ def main() -> None:
     # 3. Batches and schedule: every pair once an epoch, in a new order
     rows = len(data.train["sts"])
     batches_per_epoch = math.ceil((rows - rows % processes) / args.batch_size)
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    check_accumulation(args.gradient_accumulation_steps, batches_per_epoch)
+    steps_per_epoch = round(batches_per_epoch / args.gradient_accumulation_steps)
     steps = args.max_steps or args.num_epochs * steps_per_epoch
     schedule = {
         "optim": "adamw_torch_fused",

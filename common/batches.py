@@ -89,6 +89,20 @@ def no_duplicates_batches(
             )
 
 
+def check_accumulation(accumulation: int, batches: int) -> None:
+    """Raises `UserError` where an optimizer step would go through the data more than once.
+
+    Args:
+        accumulation: batches an optimizer step.
+        batches: those of an epoch.
+    """
+    if accumulation > max(1, batches):
+        raise UserError(
+            f"--gradient_accumulation_steps {accumulation}: an epoch has {batches:,} batches: at "
+            "most as many, or smaller batches"
+        )
+
+
 def share(batches: Iterable[list[int]], offset: int, world_size: int) -> Iterator[list[int]]:
     """Yields each batch as world_size equal shares, of row numbers counted from offset.
 

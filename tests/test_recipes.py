@@ -26,7 +26,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from sentence_transformers.util import cos_sim
 
 from common import training
-from common.batches import no_duplicates_batches, shuffled_batches
+from common.batches import check_accumulation, no_duplicates_batches, shuffled_batches
 from common.data import NLI_TRAIN_FILES, read_korsts
 from common.encoders import save_encoder
 from common.formats import read_nli_triplets
@@ -35,6 +35,23 @@ from common.run_folder import Run
 from common.scoring import PairsEvaluator
 from common.training import RecipeTrainer
 from common.two_tasks import AdamWPerTask
+
+
+@pytest.mark.parametrize(
+    ("script", "batches"),
+    [("training_sts.py", 12), ("training_nli.py", 2), ("training_multi-task.py", 2)],
+)
+def test_a_step_of_more_batches_than_an_epoch_has_is_refused(
+    script: str, batches: int, encoder: Path, tmp_path: Path
+) -> None:
+    check_accumulation(batches, batches)
+    option = ["--gradient_accumulation_steps", batches + 1]
+    done = run(script, encoder, *option, "--run_dir", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        f"error: --gradient_accumulation_steps {batches + 1}: an epoch has {batches} batches: at "
+        "most as many, or smaller batches"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -269,6 +286,18 @@ def ready(
         return stopped.value.args[0]
 
     return call
+
+
+@pytest.mark.parametrize("script", ["training_sts.py", "training_multi-task.py"])
+def test_an_epoch_of_accumulated_batches_is_about_one_pass(
+    script: str, ready: Callable[..., RecipeTrainer], tmp_path: Path
+) -> None:
+    whole = len(ready(script).batches)
+    an_epoch = whole // 5 // (2 if "multi" in script else 1)  # batches, of each task
+    for accumulation in (2, an_epoch // 2 + 1, an_epoch - 1, an_epoch):
+        options = ["--gradient_accumulation_steps", accumulation]
+        trainer = ready(script, *options, "--run_dir", tmp_path / str(accumulation))
+        assert 0.65 < len(trainer.batches) / whole < 1.35
 
 
 def sampled(trainer: RecipeTrainer, batches: int) -> list[tuple[str, int]]:
