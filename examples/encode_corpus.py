@@ -252,8 +252,7 @@ def write_whole(path: Path, content: bytes | pa.Buffer) -> None:
 
 
 def is_model_of(probe: list[float], model: SentenceTransformer) -> bool:
-    """Whether the model, on a CPU, gives this embedding of `PROBE`: a name may come to stand for
-    another model. 1% is more than CPUs differ in, bfloat16 included."""
+    """Whether the model gives this embedding of `PROBE`: CPUs, bfloat16 too, differ by below 1%."""
     found = model.encode_document(PROBE).astype(np.float32)
     return len(found) == len(probe) and np.abs(found - probe).max() < 0.01 * np.abs(found).max()
 
@@ -277,13 +276,15 @@ def open_output(args: Namespace, model: SentenceTransformer, corpus: Corpus) -> 
     manifest["dimension"] = args.dim or model.get_embedding_dimension()
     path, again = args.output / "_manifest.json", "give another --output"
     if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if not is_model_of(begun["probe"], model):
-            raise UserError(f"{args.output}: begun with another model, {begun['model']}: {again}")
-        for name, value in manifest.items():
-            if value != begun[name]:
-                why = f"begun with {name} {begun[name]}, not {value}"
-                raise UserError(f"{args.output}: {why}: {again}")
+        try:
+            begun = json.loads(path.read_bytes())
+            why = [] if is_model_of(begun["probe"], model) else [f"another model, {begun['model']}"]
+            why += [f"{k} {begun[k]}, not {v}" for k, v in manifest.items() if begun[k] != v]
+            begun["ranges"], begun["model_bytes"] + 0
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            why = ["something else, or its _manifest.json is damaged"]
+        if why:
+            raise UserError(f"{args.output}: begun with {why[0]}: {again}")
         return begun
     if any(args.output.glob("[!.]*")):
         raise UserError(f"{args.output}: something else is there: {again}")
@@ -346,8 +347,7 @@ def start_ray(args: Namespace, model_bytes: int) -> tuple[int, dict[str, int]]:
 
 def encode_all(args: Namespace, corpus: Corpus, manifest: dict, parts: list, bar: tqdm) -> None:
     """Encodes the parts, and prints how fast."""
-    begin = time.time()
-    room, share = start_ray(args, manifest["model_bytes"])
+    begin, (room, share) = time.time(), start_ray(args, manifest["model_bytes"])
     workers = min(args.workers or room, len(parts))
     if not 0 < workers <= room:
         raise UserError(f"Ray has room for {room} workers of {share}: fewer --workers or --threads")
@@ -376,9 +376,8 @@ def load_model(args: Namespace) -> SentenceTransformer:
     try:
         model = load_encoder(args.model)
     except MODEL_ERRORS as error:
-        why = first_line(error)
-        if not Path(args.model).is_dir():
-            why = f"no such folder, and not from the Hub: {why}"
+        why = "" if Path(args.model).is_dir() else "no such folder, and not from the Hub: "
+        why += first_line(error)
         for path in Path(args.model).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():
                 why = f"{path.name} is a Git-LFS pointer, not the weights: run git lfs pull"

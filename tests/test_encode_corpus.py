@@ -453,6 +453,43 @@ def test_an_output_that_is_no_place_for_it_stays_as_it_is(script: Run, tiny: Pat
     assert [path.name for path in Path("out").iterdir()] == ["_manifest.json"]
 
 
+def test_a_manifest_of_something_else_is_one_line(script: Run, tiny: Path) -> None:
+    Path("corpus.jsonl").write_text(GOOD, encoding="utf-8")
+    same = ["corpus.jsonl", "--model", tiny, "--output", "out"]
+    script.begin(*same)
+    file = Path("out/_manifest.json")
+    whole = file.read_bytes()
+    begun = json.loads(whole)
+    without = [json.dumps({k: v for k, v in begun.items() if k != name}) for name in begun]
+    probes = (
+        3,
+        "x" * 32,
+        [None] * 32,
+        [10**400] * 32,
+        [[1], [1, 2]] * 16,
+        {str(n): 1 for n in range(32)},
+    )
+    others = [json.dumps(begun | {"probe": probe}) for probe in probes]
+    texts = [
+        "",
+        "[]",
+        "3",
+        "null",
+        '"x"',
+        "{}",
+        100_000 * "[",
+        json.dumps(begun | {"model_bytes": "x"}),
+    ]
+    cut = [whole[: len(whole) // 2], whole.replace(b"text", b"\xff")]
+    says = "error: out: begun with something else, or its _manifest.json is damaged: give another"
+    for content in [*cut, *(text.encode() for text in (*texts, *without, *others))]:
+        file.write_bytes(content)
+        assert script.refuse(*same) == (2, f"{says} --output")
+        assert file.read_bytes() == content and len(list(Path("out").iterdir())) == 1
+    file.write_bytes(whole)
+    script.begin(*same)
+
+
 def test_another_prompt_is_another_model(script: Run, tiny: Path) -> None:
     Path("corpus.jsonl").write_text(GOOD, encoding="utf-8")
     same = ["corpus.jsonl", "--output", "out", "--model", "model"]
