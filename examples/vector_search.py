@@ -67,7 +67,7 @@ TABLE = """
 HNSW = "create index if not exists {hnsw} on {table} using hnsw (embedding vector_cosine_ops)"
 NEAREST = """
     select id, text, category, bigrams, 1 - (embedding <=> %(query)s) from {table}
-    where (%(category)s::text is null or category = %(category)s)
+    where (%(category)s::text[] is null or category = any(%(category)s))
 """
 
 
@@ -189,7 +189,7 @@ def check_table(store: Store, model: str, probe: np.ndarray, may_create: bool) -
     if not exists(store, "_model"):
         raise UserError(f"--table {store.table}: a table that this script did not make: left alone")
     query = "select name, case when vector_dims(probe) = {size} then probe <=> %s end from {model}"
-    name, distance = store.execute(query, [probe], size=size).fetchone()
+    name, distance = store.execute(query, [probe], size=size).fetchone() or ("nothing", None)
     if distance is None or not distance < 1e-4:  # the same model on another machine: below 1e-6
         holds = f"--table {store.table} holds embeddings of {name}, and those of {model} differ"
         raise UserError(f"{holds}: give that --model, or another --table")
@@ -403,8 +403,8 @@ def parse_arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "default: %(default)s"
     files = ".tsv or .csv with a header, .jsonl, or else a sentence a line; UTF-8"
-    add("--load", nargs="+", type=Path, default=[], metavar="FILE", help=files)
-    add("--query", nargs="+", default=[], metavar="TEXT", help="find the nearest sentences")
+    add("--load", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help=files)
+    add("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="find the nearest")
     add("--recall", action="store_true", help="recall@10 of HNSW against exact search")
     add("--model", default="jhgan/ko-sroberta-multitask", help=f"Hub name or folder ({default})")
     add("--table", metavar="NAME", help="default: sentences (of the nine sentences: demo)")
@@ -412,7 +412,7 @@ def parse_arguments() -> Namespace:
     add("--server_dir", type=Path, default="vector_search_data", help=f"without --dsn ({default})")
     add("--text_column", default="text", help=f"column or key of the text ({default})")
     add("--category_column", help="column or key that --category filters by")
-    add("--category", help="find sentences of this category alone")
+    add("--category", action="append", help="find sentences of this category (or these) alone")
     add("--top_k", type=int, default=5, help=f"sentences for a query ({default})")
     words = "of the share of a query's character pairs in a text, which is added to the cosine"
     add("--word_weight", type=float, default=0.0, help=f"{words} ({default})")
@@ -420,7 +420,7 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()
     if args.table is not None and not re.fullmatch("[a-z_][a-z0-9_]{0,49}", args.table):
         parser.error(f"--table {args.table}: 1 to 50 of a-z, 0-9 and _, no digit first")
-    if re.search("[\ud800-\udfff]", "".join([*args.query, args.category or ""])):
+    if re.search("[\ud800-\udfff]", "".join([*args.query, *(args.category or [])])):
         parser.error("--query and --category: not in the encoding of this console")
     for name, low, high in (("top_k", 1, 1000), ("ef_search", 1, 1000), ("word_weight", 0, 10)):
         if not low <= getattr(args, name) <= high:

@@ -88,6 +88,11 @@ def test_loaded_twice_filtered_and_recalled(tiny: Path, server: Path, rows: Path
     odd = run(tiny, server, *query, "--category", "odd").stdout
     assert "[even]" in every and "[odd]" in every
     assert odd.count("[odd]") == 20 and "[even]" not in odd
+    both = [*query, "--query", "새", "--category", "odd", "--category", "even"]
+    found = run(tiny, server, *both).stdout
+    first, second = found.split("\nQuery: ")[1:]
+    assert HIT.findall(first) == HIT.findall(every) and second.startswith("새\n")
+    assert len(HIT.findall(second)) == 20
 
 
 HIT = re.compile(r"^  (-?\d\.\d{4})  (.+)$", re.MULTILINE)
