@@ -26,6 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from common.command_line import command_line, positive  # noqa: E402
+
 KORNLI_ROWS = 392_702 + 550_152
 LABELS = ("entailment", "neutral", "contradiction")
 WAYS = ("original", "ours")
@@ -80,7 +84,6 @@ def original_triplets(path: str, seed: int) -> int:
 def measure(way: str, path: str, seed: int) -> dict[str, float]:
     """Runs one way in this process. Memory is the process's peak, in GB of 10**9 bytes."""
     if way == "ours":
-        sys.path.append(str(REPOSITORY))
         from common.formats import read_nli_triplets
 
         def run() -> int:
@@ -106,8 +109,8 @@ def measure(way: str, path: str, seed: int) -> dict[str, float]:
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=KORNLI_ROWS, help="fewer, to try it out")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=positive, default=KORNLI_ROWS, help="fewer, to try it out")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--child", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -150,4 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()
