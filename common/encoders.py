@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoConfig
 
-from common.command_line import UserError, expanded, file_sha256, first_line, read_json
+from common.command_line import UserError, expanded, file_sha256, first_line, form_of, read_json
 from common.data import blob_id
 
 CONFIGURATION_FILES = ["*.json", "*.txt", "*.model", "README.md"]
@@ -149,10 +149,8 @@ def check_finished(folder: Path) -> None:
     run_file = folder / "run.json"
     if not run_file.is_file():
         return
-    try:
+    with form_of(run_file, "not that of a run: the run folder is damaged"):
         finished = read_json(run_file).get("finished")
-    except ValueError:
-        raise UserError(f"{run_file}: not JSON: the run folder is damaged") from None
     if not finished:
         raise UserError(f"{folder}: an unfinished training run: go on with --resume")
 
@@ -258,6 +256,9 @@ def load_encoder(
             model = SentenceTransformer(modules=modules, device=device, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{name_or_path}: cannot be loaded: {first_line(error)}") from None
+    except (AttributeError, TypeError) as error:
+        why = f"is a JSON file in it of another form? {first_line(error)}"
+        raise UserError(f"{name_or_path}: cannot be loaded: {why}") from None
     except SafetensorError as error:
         raise UserError(f"{name_or_path}: damaged weights: {first_line(error)}") from None
     except pickle.UnpicklingError:
@@ -289,7 +290,7 @@ def _own_dropouts(
     """Returns, for each dropout that is to change, the config's own values by their names."""
     if not dropouts:
         return {}
-    where = folder / next(iter(_module_folders(folder)))
+    where = folder / next(iter(_module_folders(folder)), "")
     config = AutoConfig.from_pretrained(
         where if (where / "config.json").is_file() else folder, trust_remote_code=trust_remote_code
     )

@@ -298,8 +298,8 @@ def open_output(args: Namespace, model: SentenceTransformer, corpus: Corpus) -> 
 
 # --- 4. Ray: as many workers as there is room for, which return their errors ---------------------
 
-MODEL_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-MODEL_ERRORS += (UnpicklingError,)
+MODEL_ERRORS = (ImportError, OSError, ValueError, LookupError, RuntimeError, AttributeError)
+MODEL_ERRORS += (TypeError, SafetensorError, UnpicklingError)
 
 
 class CarefulEncoder:

@@ -16,6 +16,10 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, util
 
+# What the libraries raise for a folder that is damaged or holds something else, or a bad proxy.
+MODEL_ERRORS = (ImportError, OSError, ValueError, LookupError, RuntimeError, AttributeError)
+MODEL_ERRORS += (TypeError, SafetensorError, UnpicklingError)
+
 CORPUS = [
     "한 남자가 음식을 먹는다.",
     "한 남자가 빵 한 조각을 먹는다.",
@@ -45,10 +49,9 @@ def main() -> None:
         "encoder, to which sentence-transformers adds mean pooling",
     )
     args = parser.parse_args()
-    errors = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
     try:
         model = SentenceTransformer(args.model).float()  # weights may be kept in half
-    except (*errors, UnpicklingError) as error:
+    except MODEL_ERRORS as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not Path(args.model).is_dir():
             why = f"no such folder, and not from the Hub: {why}"

@@ -41,7 +41,7 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, Tokenizer]:
     """
     try:
         session = onnxruntime.InferenceSession(path)
-        tokenizer = session.get_modelmeta().custom_metadata_map["tokenizer"]
+        tokenizer = Tokenizer.from_str(session.get_modelmeta().custom_metadata_map["tokenizer"])
     except KeyError:
         raise ValueError(f"{path}: carries no tokenizer: not a file of export_onnx.py") from None
     except Exception as error:  # onnxruntime's errors have no other base
@@ -53,7 +53,7 @@ def load(path: str) -> tuple[onnxruntime.InferenceSession, Tokenizer]:
                 if b"git-lfs" in file.read():
                     why = "a Git-LFS pointer, not the model: run git lfs pull"
         raise ValueError(f"{path}: {why}") from None
-    return session, Tokenizer.from_str(tokenizer)
+    return session, tokenizer
 
 
 def embed(

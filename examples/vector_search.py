@@ -357,10 +357,10 @@ def load_model(name: str) -> SentenceTransformer:
     from safetensors import SafetensorError  # seconds: after what needs no model
     from sentence_transformers import SentenceTransformer
 
-    errors = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+    errors = (ImportError, OSError, ValueError, LookupError, RuntimeError, AttributeError)
     try:
         model = SentenceTransformer(name).float()  # weights may be kept in half
-    except (*errors, UnpicklingError) as error:
+    except (*errors, TypeError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         for path in Path(name).rglob("*"):
             if path.is_file() and path.stat().st_size < 200 and b"git-lfs" in path.read_bytes():

@@ -293,8 +293,8 @@ def remove_older(target: Path, settings: Settings) -> None:
         """Returns what the settings beside a file say where they are of another export."""
         file = path.with_suffix(".json")
         try:
-            before = read_json(file) if file.is_file() else settings
-        except ValueError:
+            before = dict(read_json(file)) if file.is_file() else settings
+        except (ValueError, TypeError, RecursionError):
             return {}  # damaged: nobody can say whose it is
         return before if any(before.get(key) != settings[key] for key in settings) else None
 

@@ -516,6 +516,10 @@ def test_weights_that_do_not_fit_are_one_line(script: Run, tiny: Path) -> None:
     edit_json(Path(shutil.copytree(tiny, "model")) / "config.json", intermediate_size=96)
     status, line = script.refuse("corpus.jsonl", "--output", "out", "--model", "model")
     assert status == 2 and line.startswith("error: model: ") and "mismatched" in line
+    for name in ("tokenizer_config.json", "config.json"):
+        Path("model", name).write_text("3")
+        status, line = script.refuse("corpus.jsonl", "--output", "out", "--model", "model")
+        assert status == 2 and line.startswith("error: model: ") and "'int'" in line
     assert not Path("out").exists()
 
 

@@ -235,6 +235,10 @@ def test_a_declared_length_beyond_the_positions_is_cut(tmp_path, config):
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda f: [path.unlink() for path in f.glob("token*")], "no tokenizer.json and no vocab"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 50), "damaged weights"),
+        (lambda f: (f / "config.json").write_text("[]"), "cannot be loaded: is a JSON file in it"),
+        (lambda f: (f / "modules.json").write_text("[3]"), "cannot be loaded: is a JSON file in"),
+        (lambda f: (f / "tokenizer_config.json").write_text("3"), "cannot be loaded: is a JSON"),
+        (lambda f: (f / "run.json").write_text("[]"), "the run folder is damaged"),
         (lambda f: edit_json(f / "run.json", finished=None), "unfinished training run"),
         (lambda f: (f / "run.json").write_text("{"), "the run folder is damaged"),
         (

@@ -144,6 +144,8 @@ def test_the_command_of_the_docstring_takes_the_published_model(tiny: Path, tmp_
         ("cut-bin", "failed reading zip archive"),
         ("misfit", "ignore_mismatched_sizes"),
         ("pointer", "model.safetensors is a Git-LFS pointer"),
+        ("number", "argument of type 'int' is not"),
+        ("list", "'list' object has no attribute"),
     ],
 )
 def test_the_search_says_what_is_wrong_with_a_model(
@@ -157,6 +159,9 @@ def test_the_search_says_what_is_wrong_with_a_model(
     bin_.write_bytes(bin_.read_bytes()[:1000])
     bin_.with_name("model.safetensors").unlink()
     edit_json(shutil.copytree(tiny, tmp_path / "misfit") / "config.json", intermediate_size=96)
+    for name, file in {"number": "config.json", "list": "tokenizer_config.json"}.items():
+        content = "3" if name == "number" else "[]"
+        (shutil.copytree(tiny, tmp_path / name) / file).write_text(content)
     shutil.copytree(tiny, tmp_path / "pointer")
     (tmp_path / "pointer/model.safetensors").write_text(POINTER)
     done = run("semantic_search.py", "--model", model, cwd=tmp_path)

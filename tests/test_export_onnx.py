@@ -928,7 +928,13 @@ def test_the_example_ranks_as_sentence_transformers_does(tmp_path, bert, export)
 
 def test_the_example_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "damaged.onnx").write_bytes(b"no onnx")
-    for name in ("damaged.onnx", "nowhere.onnx"):
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])] for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", *ends)
+    for name, properties in (("none.onnx", {}), ("cut.onnx", {"tokenizer": '{"version"'})):
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.set_model_props(proto, properties)
+        onnx.save(proto, tmp_path / name)
+    for name in ("damaged.onnx", "none.onnx", "cut.onnx", "nowhere.onnx"):
         result = run_script(EXAMPLE, "--model", tmp_path / name)
         assert result.returncode == 2 and name in result.stderr
         assert len(result.stderr.splitlines()) == 1

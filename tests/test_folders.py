@@ -329,7 +329,7 @@ def test_a_float32_file_that_is_only_named_so_stays(saved: Path, tmp_path: Path)
     assert files(tmp_path / "out") == sorted(FP32 + INT8)
 
 
-@pytest.mark.parametrize("change", ["weights", "options", "damage", "nothing"])
+@pytest.mark.parametrize("change", ["weights", "options", "{", "[3]", "nothing"])
 def test_an_export_leaves_no_int8_of_another_model(
     change: str, exported: list[object], saved: Path, tmp_path: Path
 ) -> None:
@@ -341,8 +341,8 @@ def test_an_export_leaves_no_int8_of_another_model(
         save_encoder(model, saved)
     elif change == "options":
         options = ["--dim", 16]
-    elif change == "damage":
-        (output.parent / "tiny-int8.json").write_text("{", encoding="utf-8")
+    elif change != "nothing":
+        (output.parent / "tiny-int8.json").write_text(change, encoding="utf-8")
     done = export(saved, output, *options)
     assert done.returncode == 0, done.stderr
     assert files(output.parent) == (sorted(FP32 + INT8) if change == "nothing" else FP32)

@@ -219,6 +219,9 @@ def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(
     (line,) = done.stderr.splitlines()
     says = "cannot be loaded: model.safetensors is a Git-LFS pointer"
     assert line.startswith(f"error: --model {tmp_path / 'model'}: {says}")
+    (tmp_path / "model/config.json").write_text("3")
+    done = run(tmp_path / "model", server, "--table", "pointer")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
