@@ -180,7 +180,7 @@ def form_of(path: Path | str, what: str) -> Iterator[None]:
     """Makes a `UserError` of a stored file that is damaged, or of another form than the code."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise UserError(f"{path}: {what}") from None
 
 

@@ -161,10 +161,13 @@ def read_comparisons(path: Path) -> list[Comparison]:
     if not path.is_file():
         return []
     found = []
-    for block in re.split(r"^\$ ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
-        command, output = block.split("\n", 1)
+    with form_of(path, "damaged: not UTF-8"):
+        text = path.read_text(encoding="utf-8")
+    for block in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, _, output = block.partition("\n")
         sides = re.search(r" --compare (\S+) (\S+)(?: --leave_out (\S+))?$", command)
-        row = re.search(r"^cosine_spearman +(\S+) +(\S+) +(\S+) +(\S+) to (\S+)$", output, re.M)
+        score = r"([-+]?\d+\.\d+)"
+        row = re.search(f"^cosine_spearman +{' +'.join([score] * 4)} to {score}$", output, re.M)
         ends = re.findall(r"^[AB]: cosine Spearman \S+ (\[.+\])$", output, re.M)
         if sides is None or row is None or len(ends) != 2:
             raise UserError(f"{path}: no output of benchmark.py --compare: {command}")
@@ -391,7 +394,7 @@ def openvino_part(path: Path) -> str:
         return NOT_MEASURED
     with form_of(path, "no report of measure_openvino.py"):
         medians = read_json(path)["sentences_per_second"]
-        first = next(iter(medians.values()))
+        first, *_ = medians.values()
         cells = [
             [
                 RUNTIMES[name],

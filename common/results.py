@@ -115,6 +115,8 @@ def read_results(results_dir: Path) -> list[dict]:
             result["name"], result["link"], -scores["cosine_spearman"]
             for key in MEASURED_KEYS if not is_published else ("published_in",):
                 result[key]
+            for dim, part in result.get("dims", {}).items():
+                int(dim), part["scores"]["cosine_spearman"]
             if not is_published:
                 result["intervals"]["cosine_spearman"]
                 result["model"]["size_bytes"], result["model"]["pooling_added"]
@@ -305,6 +307,7 @@ def onnx_part(results_dir: Path) -> str:
     for path in sorted((results_dir / "onnx").glob("*.json")):
         with form_of(path, "no report of export_onnx.py"):
             result = read_json(path)
+            result["model"]
             machine = ", ".join([result["machine"], *result["instruction_sets"]])
             versions = result["versions"]
             sections += [
@@ -325,7 +328,7 @@ def markdown_files(repository: Path) -> list[Path]:
     """Returns the repository's Markdown files that have generated parts."""
     patterns = ("*.md", "docs/*.md", "examples/*.md", "onnx/*.md", "results/*.md")
     files = sorted(path for pattern in patterns for path in repository.glob(pattern))
-    return [path for path in files if "<!-- results:" in path.read_text(encoding="utf-8")]
+    return [path for path in files if b"<!-- results:" in path.read_bytes()]
 
 
 def write_parts(file: Path, parts: dict[str, str]) -> None:
@@ -338,7 +341,8 @@ def write_parts(file: Path, parts: dict[str, str]) -> None:
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    text = file.read_text(encoding="utf-8")
+    with form_of(file, "not UTF-8"):
+        text = file.read_text(encoding="utf-8")
     names = sorted(set(re.findall(r"<!-- /?results:([\w-]+) -->", text)))
     if not names:
         raise UserError(f"{file}: no <!-- results:X --> ... <!-- /results:X --> in it")

@@ -131,6 +131,7 @@ def check_folder(args: argparse.Namespace) -> None:
     with form_of(f"--resume: {file}", "damaged: train again in another folder"):
         run = read_json(file)
         finished, before = run["finished"], dict(run["options"])
+        run["data"], run["processes"], run["precision"]
     if finished:
         raise UserError(f"{args.run_dir}: this run finished at {finished}")
     # What is saved is what is averaged.

@@ -466,6 +466,14 @@ def test_a_file_that_is_no_result_is_not_overwritten(run, plain, tmp_path, conte
     assert file.read_text() == content
 
 
+def test_an_interrupted_write_leaves_the_old_file_whole(run, plain, tmp_path, monkeypatch):
+    assert run(plain)[0] == 0
+    before = (tmp_path / "results" / "tiny.json").read_bytes()
+    write_text = Path.write_text
+
+    def half(self, text, **options):
+        write_text(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_text", half)
     status, _, err = run(plain, "--prompt", "비")
@@ -709,6 +717,11 @@ def test_update_readme_writes_between_the_markers_and_draws_the_plots(run, tmp_p
     assert not (tmp_path / "results/speed_and_size.png").exists()  # nothing was exported
     assert run("--update_readme", readme)[0] == 0
     assert readme.read_text(encoding="utf-8") == text
+    other = tmp_path / "other.md"
+    for file in (readme, other):
+        file.write_text(README, encoding="utf-8")
+    assert run("--update_readme", readme, "--update_readme", other)[0] == 0
+    assert readme.read_text(encoding="utf-8") == other.read_text(encoding="utf-8") == text
     readme.write_text(README.replace("<!-- /results:all -->", ""), encoding="utf-8")
     status, _, err = run("--update_readme", readme)
     assert status == 2 and "should hold <!-- results:all --> ... <!-- /results:all --> once" in err
@@ -753,10 +766,26 @@ def test_a_stored_file_that_is_damaged_or_of_another_form_is_named(
     content = json.loads(text)
     without = {k: v for k, v in content.items() if k != key}
     without |= {key: {}} if key == "cpu" else {}  # measured on one of two machines, it is whole
-    for form in (text[: len(text) // 2], "", "[]", json.dumps(without)):
+    for form in (text[: len(text) // 2], "", "[]", 100_000 * "[", json.dumps(without)):
         file.write_text(form, encoding="utf-8")
         with pytest.raises(UserError, match=f"^{re.escape(str(file))}: no "):
             benchmark.generated_parts(tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("measurements/openvino.json", {"sentences_per_second": {}}),
+     ("measurements/openvino.json", {"sentences_per_second": {"OpenVINO fp32": {"batch_1": 0}}}),
+     ("results/e5-small-ko.json", {"dims": {"64": {}}}),
+     ("results/e5-small-ko.json", {"dims": {"x": {"scores": {"cosine_spearman": 1}}}})],
+)  # fmt: skip
+def test_a_stored_file_without_figures_is_named(name, changes, tmp_path, monkeypatch):
+    for folder in ("results", "measurements"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    monkeypatch.setattr(benchmark, "MEASUREMENTS", tmp_path / "measurements")
+    edit_json(tmp_path / name, **changes)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: no "):
+        benchmark.generated_parts(tmp_path / "results")
 
 
 def test_the_published_results_are_complete_and_marked():

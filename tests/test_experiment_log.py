@@ -232,8 +232,13 @@ def test_comparisons_are_read_as_they_were_printed(tmp_path: Path) -> None:
     assert (whole.difference, whole.interval) == ("+1.05", ("-0.32", "1.80"))
     assert (whole.leave_out, whole.is_shown) == (None, False)
     assert (without.leave_out, without.pairs_left_out, without.is_shown) == ("pairs", 1010, True)
-    (tmp_path / "v2.txt").write_text(COMPARED.replace("B: cosine", "B:"))
-    with pytest.raises(UserError, match=r"v2\.txt: no output of benchmark\.py --compare"):
+    cut = COMPARED[: COMPARED.index(" b-1 --leave_out")]
+    for text in (COMPARED.replace("B: cosine", "B:"), COMPARED.replace("-0.32", "low"), cut):
+        (tmp_path / "v2.txt").write_text(text)
+        with pytest.raises(UserError, match=r"v2\.txt: no output of benchmark\.py --compare"):
+            experiment_log.read_comparisons(tmp_path / "v2.txt")
+    (tmp_path / "v2.txt").write_bytes(COMPARED.encode() + b"\xff")
+    with pytest.raises(UserError, match=r"v2\.txt: damaged: not UTF-8"):
         experiment_log.read_comparisons(tmp_path / "v2.txt")
 
 

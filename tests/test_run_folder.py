@@ -151,6 +151,18 @@ def test_a_cut_off_file_stops_a_resume_in_one_line(
         last_checkpoint(manifest.parent.parent)
 
 
+def test_a_run_json_that_lacks_what_a_resume_compares_is_one_line(
+    encoder: Path, tmp_path: Path
+) -> None:
+    run_file = tmp_path / "run.json"
+    whole = {"finished": None, "options": {}, "data": [], "processes": 1, "precision": "fp32"}
+    for key in whole:
+        run_file.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+        done = run("training_sts.py", encoder, "--run_dir", tmp_path, "--resume")
+        line = f"error: --resume: {run_file}: damaged: train again in another folder\n"
+        assert (done.returncode, done.stderr) == (2, line)
+
+
 @pytest.mark.parametrize("stops_early", [False, True])
 def test_checkpoints_hold_no_more_than_a_run_needs(
     stops_early: bool, encoder: Path, tmp_path: Path
