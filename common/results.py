@@ -28,6 +28,7 @@ and where it was measured
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,9 @@ def result_file(results_dir: Path, result: dict) -> Path:
 
 
 def check_file(results_dir: Path, result: dict) -> None:
-    """Raises `UserError` where the file of a result holds another model's, or none.
+    """Raises `UserError` where the file of a result holds another one's, or none.
+
+    Says on stderr that it holds one of other weights: trained again, they take its place.
 
     Args:
         result: name, embedding_precision, dataset and model of what is to be measured.
@@ -80,19 +83,15 @@ def check_file(results_dir: Path, result: dict) -> None:
     path = result_file(results_dir, result)
     if not path.is_file():
         return
-
-    def identity(row: dict) -> list:
-        weights = row.get("model", {}).get("weights", {})
-        keys = ("name", "embedding_precision", "dataset")
-        return [sorted(weights.values()), *(row.get(key) for key in keys)]
-
     with form_of(path, "no result of benchmark.py"):
         before = read_json(path)
-        if identity(before) != identity(result):
+        if any(before[key] != result[key] for key in ("name", "embedding_precision", "dataset")):
             raise UserError(
-                f"{path}: holds the result of {before['name']} with other weights or embeddings: "
+                f"{path}: holds the {before['embedding_precision']} result of {before['name']}: "
                 f"give this {result['name']} another --name, or remove the file"
             )
+        if before["model"]["weights"] != result["model"]["weights"]:
+            print(f"note: {path}: is of other weights: replaced", file=sys.stderr)
 
 
 def write_result(results_dir: Path, result: dict) -> None:

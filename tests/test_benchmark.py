@@ -435,25 +435,29 @@ def test_models_of_the_hub_that_fail_are_named_and_the_others_still_run(
         assert read(tmp_path, "owner--good")["scores"] == result["scores"]
 
 
-def test_two_models_of_one_name_do_not_replace_each_other(run, plain, trained, tmp_path):
-    other = shutil.copytree(trained, tmp_path / "tiny")
-    assert run(plain)[0] == 0
-    says = "with other weights or embeddings: give this {} another --name, or remove the file"
+def test_two_results_of_one_file_do_not_replace_each_other(run, plain, trained, tmp_path):
     for name, first, second in (
-        ("tiny", [plain], [other]),
-        ("tiny.int8", [other, "--name", "tiny.int8"], [plain, "--embedding_precision", "int8"]),
-        ("a--b", [plain, "--name", "a--b"], [other, "--name", "a/b"]),
+        ("tiny.int8", [trained, "--name", "tiny.int8"], [plain, "--embedding_precision", "int8"]),
+        ("a--b", [plain, "--name", "a--b"], [trained, "--name", "a/b"]),
     ):
         assert run(*first)[0] == 0
         file = tmp_path / "results" / f"{name}.json"
         before = file.read_bytes()
         status, _, err = run(*second)
         row = name.removesuffix(".int8").replace("--", "/")
-        line = f"error: {file}: holds the result of {name} {says.format(row)}"
+        says = f"give this {row} another --name, or remove the file"
+        line = f"error: {file}: holds the float32 result of {name}: {says}"
         assert (status, err.splitlines()[-1]) == (2, line)
         assert file.read_bytes() == before
-    assert run(shutil.copytree(plain, tmp_path / "moved/tiny"), "--prompt", "비")[0] == 0
-    assert read(tmp_path, "tiny")["prompt"] == "비"
+
+
+def test_a_model_trained_again_takes_the_place_of_its_result(run, plain, trained, tmp_path):
+    note = f"note: {tmp_path / 'results/tiny.json'}: is of other weights: replaced"
+    assert note not in run(plain)[2] + run(plain)[2]
+    before = read(tmp_path, "tiny")
+    status, _, err = run(shutil.copytree(trained, tmp_path / "tiny"))
+    assert status == 0 and note in err.splitlines()
+    assert read(tmp_path, "tiny")["scores"] != before["scores"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"name": "x"}', '{"model": 3}'])
