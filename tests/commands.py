@@ -7,6 +7,7 @@ What needs a clean interpreter gets one from `command`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing
@@ -96,16 +97,23 @@ class Started:
     """A script in a process of its own, with what tests use of `subprocess.Popen`."""
 
     def __init__(
-        self, script: str | Path, *arguments: object, largest_file: int | None = None
+        self,
+        script: str | Path,
+        *arguments: object,
+        cwd: Path | None = None,
+        environment: dict[str, str] | None = None,
+        encoding: str = "utf-8",
+        largest_file: int | None = None,
     ) -> None:
+        """Starts it: in a folder, with more variables, with the console's encoding."""
         self.args = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+        self.encoding = encoding
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["preloaded"])
         pipes = [context.Pipe(duplex=False) for _ in ("stdout", "stderr")]
         writers = [writer for _, writer in pipes]
-        self.process = context.Process(
-            target=_run_forked, args=(self.args[1:], writers, largest_file)
-        )
+        limits = (cwd or ".", environment or {}, encoding, largest_file)
+        self.process = context.Process(target=_run_forked, args=(self.args[1:], writers, *limits))
         # For the process that forks, which the first start starts: it has no other path.
         here = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
         with mock.patch.dict(os.environ, {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1"}):
@@ -132,13 +140,17 @@ class Started:
         if self.process.exitcode is None:
             os.kill(self.process.pid, number)
 
+    def said(self) -> tuple[str, str]:
+        """Returns stdout and stderr as far as they have come."""
+        out, err = (b"".join(chunks).decode(self.encoding, "ignore") for chunks in self.read)
+        return out, err
+
     def communicate(self) -> tuple[str, str]:
         """Waits for the end; returns stdout and stderr."""
         self.process.join()
         for thread in self.threads:
             thread.join()
-        out, err = (b"".join(chunks).decode() for chunks in self.read)
-        return out, err
+        return self.said()
 
 
 def _drain(reader: Connection, chunks: list[bytes]) -> None:
@@ -147,18 +159,30 @@ def _drain(reader: Connection, chunks: list[bytes]) -> None:
     reader.close()
 
 
-def _run_forked(line: list[str], writers: list[Connection], largest_file: int | None) -> None:
+def _run_forked(
+    line: list[str],
+    writers: list[Connection],
+    cwd: str | Path,
+    environment: dict[str, str],
+    encoding: str,
+    largest_file: int | None,
+) -> None:
     for number, writer in enumerate(writers, start=1):
         os.dup2(writer.fileno(), number)
         writer.close()
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding) for number in (1, 2))
+    os.chdir(cwd)
+    os.environ |= environment
     # Tests that run in the background inherit a SIGINT that is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = line
     assert "common.training" in sys.modules
     if largest_file is not None:  # a write beyond it fails in the middle of a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    runpy.run_path(line[0], run_name="__main__")
+    try:
+        runpy.run_path(line[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # Ray's ends what it has started; multiprocessing calls none
 
 
 def start(script: str | Path, encoder: Path, *options: object, **limits: int) -> Started:

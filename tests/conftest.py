@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import jinja2
 import pytest
 from filelock import FileLock
 
@@ -18,6 +23,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from encoders import write_plain_encoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Takes what has been imported out of the garbage collector, which each training calls."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_are_compiled_once() -> Iterator[None]:
+    """sentence-transformers compiles that of its model card for every checkpoint."""
+    with mock.patch.object(jinja2, "Template", functools.cache(jinja2.Template)):
+        yield
 
 
 @pytest.fixture(scope="session")

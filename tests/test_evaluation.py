@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
@@ -153,11 +151,9 @@ def test_bootstrap_of_f1_is_that_of_scikit_learn():
     np.testing.assert_allclose(samples, expected, atol=1e-12)
 
 
-def test_ten_thousand_resamples_of_as_many_pairs_as_korsts(record_property):
-    first, second, scores = make_pairs(1379, 384)
-    start = time.perf_counter()
+def test_ten_thousand_resamples_hold_the_score_in_their_interval():
+    first, second, scores = make_pairs()
     samples = bootstrap(first, second, scores)
-    record_property("seconds", round(time.perf_counter() - start, 2))
     assert {len(values) for values in samples.values()} == {10_000}
     low, high = interval(samples["cosine_spearman"])
     assert low < correlations(first, second, scores)["cosine_spearman"] < high

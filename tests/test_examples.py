@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -29,7 +28,6 @@ import semantic_search  # noqa: E402
 import semantic_search_onnx  # noqa: E402
 import vector_search  # noqa: E402
 
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 # What git leaves of a large file where Git-LFS is not installed.
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 123\n"
 
@@ -39,13 +37,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_plain_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
 
 
-def run(
-    name: str, *options: object, env: dict[str, str] = OFFLINE, cwd: Path | None = None
-) -> subprocess.CompletedProcess:
-    if env is OFFLINE:
-        return run_script(EXAMPLES / name, *options, cwd=cwd)
-    line = [sys.executable, str(EXAMPLES / name), *map(str, options)]
-    return subprocess.run(line, capture_output=True, text=True, env=env, cwd=cwd)
+def run(name: str, *options: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return run_script(EXAMPLES / name, *options, cwd=cwd)
 
 
 @pytest.mark.parametrize("name", ["semantic_search.py", "vector_search.py", "encode_corpus.py"])
@@ -122,14 +115,16 @@ def test_both_searches_and_the_page_hold_the_same_sentences() -> None:
         assert {sentence for sentence, _ in hits} <= set(semantic_search.CORPUS)
 
 
-def test_the_command_of_the_docstring_takes_the_published_model(tiny: Path, tmp_path: Path) -> None:
+def test_the_command_of_the_docstring_takes_the_published_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(tiny, tmp_path / "hub/jhgan/ko-sroberta-multitask")
     with Hub(tmp_path / "hub") as hub:
-        environment = os.environ | hub.environment(tmp_path / "cache")
-        done = run("semantic_search.py", env=environment)
+        hub.patch(monkeypatch, tmp_path / "cache")
+        done = run("semantic_search.py")
         assert done.returncode == 0, done.stderr
         assert [len(hits) for _, hits in ranking(done.stdout)] == [5, 5, 5]
-        unknown = run("semantic_search.py", "--model", "jhgan/unknown", env=environment)
+        unknown = run("semantic_search.py", "--model", "jhgan/unknown")
     assert unknown.returncode == 2
     assert unknown.stderr.splitlines()[-1].startswith("error: jhgan/unknown: ")
     assert "Traceback" not in unknown.stderr

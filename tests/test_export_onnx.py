@@ -99,7 +99,8 @@ def bert(tmp_path_factory):
 def export(tmp_path, monkeypatch, capsys):
     """Runs the command line in this process; returns its exit status and stderr's errors.
 
-    All of stdout and stderr are its .out and .err.
+    All of stdout and stderr are its .out and .err. First embeddings, each of which starts a
+    process, are not timed: .timed has the arguments.
     """
 
     def call(model: object, *arguments: object, output: Path = tmp_path / "out/tiny.onnx"):
@@ -109,8 +110,9 @@ def export(tmp_path, monkeypatch, capsys):
         # The samples are not KorSTS: what is measured on them says nothing about a model.
         monkeypatch.setattr(measure_onnx, "SENTENCES", {32: 8, 1: 2})
         monkeypatch.setattr(measure_onnx, "ROUNDS", 1)
-        if not call.first_embeddings:  # each starts a process
-            monkeypatch.setattr(measure_onnx, "first_embedding_seconds", lambda *_: 1.0)
+        monkeypatch.setattr(
+            measure_onnx, "first_embedding_seconds", lambda *what: call.timed.append(what) or 1.0
+        )
         try:
             with command_line():
                 export_onnx.main()
@@ -121,7 +123,7 @@ def export(tmp_path, monkeypatch, capsys):
         call.out, call.err = capsys.readouterr()
         return status, [line for line in call.err.splitlines() if line.startswith("error")]
 
-    call.first_embeddings = False
+    call.timed = []
     return call
 
 
@@ -679,7 +681,6 @@ def test_what_is_expected_to_be_lost_is_what_changes_cosines_at_random(tmp_path,
 
 
 def test_int8_of_a_tiny_encoder(tmp_path, bert, export):
-    export.first_embeddings = True
     results = tmp_path / "results"
     arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--results_dir", results]
     assert export(bert, *arguments, "--max_loss", 100) == (0, [])
@@ -734,18 +735,20 @@ def test_what_is_lost_is_the_first_files_score_less_the_files(tmp_path):
     assert 0 < low < rows[1]["lost"] < high
 
 
-def test_a_model_with_code_is_timed_with_it(tmp_path, bert, export, monkeypatch):
+def test_first_embeddings_are_timed_of_a_model_with_its_code_and_of_its_files(
+    tmp_path, bert, export
+):
     folder = shutil.copytree(bert, tmp_path / "model")
     add_module_with_code(folder, tmp_path / "ran")
-    first_embedding_seconds, calls = measure_onnx.first_embedding_seconds, []
-    monkeypatch.setattr(
-        measure_onnx, "first_embedding_seconds", lambda *call: calls.append(call) or 1.0
-    )
-    export.first_embeddings = True
+    first_embedding_seconds = measure_onnx.first_embedding_seconds
     arguments = ["--quantize", "int8", "--data_dir", SAMPLES, "--force", "--trust_remote_code"]
     assert export(folder, *arguments, "--results_dir", tmp_path / "results") == (0, [])
-    assert calls[0] == ("sentence-transformers", folder, True)
-    assert first_embedding_seconds(*calls[0]) > 0
+    model, *files = export.timed
+    assert model == ("sentence-transformers", folder, True)
+    names = ["tiny.onnx", "tiny-int8.onnx"]
+    assert [(by, path.name) for by, path in files] == [("onnxruntime", name) for name in names]
+    for what in (model, files[0]):
+        assert first_embedding_seconds(*what) > 0
 
 
 def test_no_speed_says_sizes_and_loss_in_a_line_and_keeps_no_measurement(tmp_path, bert, export):
@@ -988,7 +991,7 @@ def test_int8_of_the_real_encoder_loses_next_to_nothing(offline_encoder, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_example_without_torch_needs_no_torch(offline_encoder, real, tmp_path):
+def test_the_example_without_torch_needs_no_torch(real, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     packages = ["numpy", "tokenizers", "onnxruntime"]
@@ -1001,12 +1004,6 @@ def test_the_example_without_torch_needs_no_torch(offline_encoder, real, tmp_pat
     command = [python, EXAMPLE, "--model", real]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.count("Score:") == 15
-    print(
-        "first embedding, seconds: onnxruntime",
-        measure_onnx.first_embedding_seconds("onnxruntime", real),
-        "sentence-transformers",
-        measure_onnx.first_embedding_seconds("sentence-transformers", offline_encoder),
-    )
 
 
 def test_calibration_sees_the_prompt_that_consumers_prepend(tmp_path, export, monkeypatch):

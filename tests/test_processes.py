@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import torch
-from commands import REPOSITORY, keep_every_checkpoint, run, training_arguments, weights
+from commands import Started, keep_every_checkpoint, run, training_arguments, weights
 from encoders import edit_json, write_plain_encoder
 
 from common.checkpoints import checkpoints, step_of
@@ -51,18 +50,27 @@ def of_two(steady: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines.append(["training_sts.py", *again])
     file = folder / "commands.json"
     file.write_text(json.dumps(lines))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    done = subprocess.run(
-        [*torchrun, str(REPOSITORY / "tests/two_processes.py"), str(file)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("*.done-*")))
-    assert done.returncode == 0, said + done.stderr
+    both = start_two("tests/two_processes.py", file)
+    ended = connection.wait([one.process.sentinel for one in both], timeout=300)
+    if not ended or any(one.returncode for one in both):  # the other may wait for it for ever
+        for one in both:
+            one.kill()
+    said = [one.communicate() for one in both]
+    said += [path.read_text() for path in sorted(folder.glob("*.done-*"))]
+    assert [one.returncode for one in both] == [0, 0], said
     for _, stdout, _ in json.loads((folder / "commands.done-0").read_text()):
         assert stdout.count("finished: ") == 1
     return folder
+
+
+def start_two(script: str, file: Path) -> list[Started]:
+    """Starts a script as `torchrun --nproc_per_node 2` does; tests/test_blocks.py runs that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [Started(script, file, environment=place | rank) for rank in ranks]
 
 
 def half_a_run(steady: Path, folder: Path) -> None:

@@ -352,14 +352,18 @@ def test_another_number_of_processes_is_said(encoder: Path, tmp_path: Path) -> N
     assert done.returncode == 0 and "note: 1 processes now, 2 before" in done.stderr
 
 
-def test_early_stopping_survives_a_kill_after_the_last_evaluation(
+def test_early_stopping_ends_without_a_best_and_survives_a_kill_after_the_last_evaluation(
     encoder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
+    # At a rate as high as this one, dev falls again after a few epochs.
     options = ["--num_epochs", 30, "--learning_rate", 0.01, "--early_stopping", 2, "--no_test"]
     done = run("training_sts.py", encoder, *options, "--run_dir", folder)
     assert done.returncode == 0, done.stderr
     expected, scores = weights(folder), json.loads((folder / "scores.json").read_text())
+    steps = [entry["step"] for entry in scores["evaluations"]]
+    assert len([step for step in steps if step > scores["best_step"]]) == 2
+    assert len(steps) < 30
     unfinish(folder)
     (folder / "model.safetensors").unlink()
     done = run("training_sts.py", encoder, *options, "--run_dir", folder, "--resume")

@@ -32,19 +32,6 @@ from training_sts import PearsonLoss
 LAYER = "encoder.layer.0.output.dense.weight"
 
 
-def test_early_stopping_ends_after_evaluations_without_a_best(
-    encoder: Path, tmp_path: Path
-) -> None:
-    # At a rate as high as this one, dev falls again after a few epochs.
-    done = run("training_sts.py", encoder, "--num_epochs", 30, "--learning_rate", 0.01,
-               "--early_stopping", 2, "--run_dir", tmp_path / "run", "--no_test")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    scores = json.loads((tmp_path / "run/scores.json").read_text())
-    steps = [entry["step"] for entry in scores["evaluations"]]
-    assert len([step for step in steps if step > scores["best_step"]]) == 2
-    assert len(steps) < 30
-
-
 def test_accumulated_batches_and_precision_auto_train_as_one_batch_in_fp32(
     encoder: Path, tmp_path: Path
 ) -> None:

