@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 from typing import NoReturn
@@ -21,6 +22,7 @@ LONGEST_MESSAGE = 1 << 20
 def ask(path: str, arguments: list[str]) -> int:
     """Runs a script with this process's arguments, folder, environment and streams."""
     real = os.environ["FORK_PYTHON_REAL"]
+    arguments = arguments[arguments[:1] == ["-u"] :]  # torchrun's, for its processes
     if not arguments or not arguments[0].endswith(".py"):
         os.execv(real, [real, *arguments])
     message = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
@@ -31,7 +33,7 @@ def ask(path: str, arguments: list[str]) -> int:
 
 
 def serve(path: str) -> None:
-    """Forks for every script that is asked for, one after the other."""
+    """Forks for every script that is asked for; several may run at once."""
     tests = os.path.dirname(os.path.abspath(__file__))
     repository = os.path.dirname(tests)
     sys.path[:] = [repository, *sys.path]
@@ -45,18 +47,29 @@ def serve(path: str) -> None:
         listener.bind(path)
         listener.listen()
         print("ready", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait for a script just end
         while True:
             client, _ = listener.accept()
             content, streams, _, _ = socket.recv_fds(client, LONGEST_MESSAGE, 3)
-            child = os.fork()
-            if child == 0:
+            if os.fork() == 0:
                 listener.close()
-                client.close()
-                become(json.loads(content), streams)
+                wait_for(json.loads(content), streams, client)
             for stream in streams:
                 os.close(stream)
-            client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
             client.close()
+
+
+def wait_for(message: dict, streams: list[int], client: socket.socket) -> NoReturn:
+    """Forks the script, waits for it, and sends its exit status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        client.close()
+        become(message, streams)
+    for stream in streams:
+        os.close(stream)
+    client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
+    os._exit(0)
 
 
 def become(message: dict, streams: list[int]) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -22,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from encoders import SAMPLES, edit_json, write_plain_encoder
+from commands import REPOSITORY, SAMPLES, Started
+from encoders import edit_json, write_plain_encoder
 from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
@@ -30,14 +30,13 @@ from sentence_transformers.util import quantize_embeddings
 pytest.importorskip(
     "ray", reason="examples/encode_corpus.py needs ray[data]: examples/requirements"
 )
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.append(str(EXAMPLES))
+SCRIPT = REPOSITORY / "examples/encode_corpus.py"
+sys.path.append(str(SCRIPT.parent))
 
 import encode_corpus  # noqa: E402
 
 pytestmark = pytest.mark.slow
-MARK = "ENCODE_CORPUS_TEST"
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", MARK: uuid.uuid4().hex}
+MARK = f"ENCODE_CORPUS_TEST_{uuid.uuid4().hex}"  # a variable of what these tests start
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def processes() -> list[int]:
-    """Returns what these tests started and Ray started for them, zombies left out."""
-    mark, found = f"{MARK}={OFFLINE[MARK]}".encode(), []
+    """Returns what Ray started for these tests, zombies left out."""
+    mark, found = f"{MARK}=".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark in path.read_bytes():
@@ -66,12 +65,14 @@ def no_process_is_left() -> Iterator[None]:
     assert not processes()
 
 
-def command(*options: object) -> list[str]:
-    return [sys.executable, str(EXAMPLES / "encode_corpus.py"), *map(str, options)]
+def start(*options: object, cwd: Path, encoding: str = "utf-8") -> Started:
+    return Started(SCRIPT, *options, cwd=cwd, environment={MARK: "1"}, encoding=encoding)
 
 
-def run(*options: object, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*options), capture_output=True, text=True, env=OFFLINE, cwd=cwd)
+def run(*options: object, cwd: Path, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    process = start(*options, cwd=cwd, encoding=encoding)
+    said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def sentences() -> list[str]:
@@ -219,23 +220,13 @@ def test_texts_get_the_prompt_of_documents_or_the_default_one(
 
 def start_and_stop(how: signal.Signals, after: int, *options: object, cwd: Path) -> tuple[int, str]:
     """Sends the signal once so many parts are there. Returns exit status and stderr."""
-    with (cwd / "stderr").open("w+") as stderr:
-        process = subprocess.Popen(
-            command(*options),
-            env=OFFLINE,
-            cwd=cwd,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            # A background shell has its children ignore Ctrl-C.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
-        end = time.monotonic() + 100
-        while len(list(cwd.glob("out/part-*"))) < after and time.monotonic() < end:
-            time.sleep(0.005)
-        process.send_signal(how)
-        status = process.wait(60)
-        stderr.seek(0)
-        return status, stderr.read()
+    process = start(*options, cwd=cwd)
+    end = time.monotonic() + 100
+    while len(list(cwd.glob("out/part-*"))) < after and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, stderr = process.communicate()
+    return process.returncode, stderr
 
 
 def test_killed_or_stopped_it_goes_on_without_losing_or_doubling_a_row(
@@ -282,13 +273,13 @@ def test_a_full_disk_is_one_line_and_takes_nothing(tiny: Path, tmp_path: Path) -
     table = pa.table({"text": (9 * sentences())[:800], "noise": noise})
     pq.write_table(table, tmp_path / "corpus.parquet")
     (tmp_path / "out").mkdir()
-    line = " ".join(command("corpus.parquet", "--model", tiny, "--output", "out",
-                            "--rows_per_part", 100))  # fmt: skip
+    options = f"corpus.parquet --model {tiny} --output out --rows_per_part 100"
     script = f"""
         mount -t tmpfs -o size=512k none out || exit 77
-        {line}; echo "status $?"; ls -A out; umount out"""
+        {sys.executable} {SCRIPT} {options}; echo "status $?"; ls -A out; umount out"""
     namespace = ["unshare", "--mount", "--map-root-user", "bash", "-c", script]
-    done = subprocess.run(namespace, capture_output=True, text=True, env=OFFLINE, cwd=tmp_path)
+    environment = os.environ | {MARK: "1"}
+    done = subprocess.run(namespace, capture_output=True, text=True, env=environment, cwd=tmp_path)
     if "status" not in done.stdout:
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     printed, names = done.stdout.split("status 1\n")
@@ -525,13 +516,11 @@ def test_weights_that_do_not_fit_are_one_line(script: Run, tiny: Path) -> None:
 
 def test_a_name_that_the_console_cannot_show_does_not_end_it(tmp_path: Path) -> None:
     (tmp_path / "여우🦊.jsonl").write_text(GOOD, encoding="utf-8")
-    line = command("여우🦊.jsonl", "--output", "out", "--model", "models/nowhere")
-    environment = OFFLINE | {"LC_ALL": "C", "PYTHONIOENCODING": "cp949"}
-    done = subprocess.run(line, capture_output=True, env=environment, cwd=tmp_path)
-    printed = done.stdout.decode("cp949")
-    assert printed == f"여우?.jsonl: 1 rows, 0 of them without a text{os.linesep}"
+    options = ["여우🦊.jsonl", "--output", "out", "--model", "models/nowhere"]
+    done = run(*options, cwd=tmp_path, encoding="cp949")
+    assert done.stdout == "여우?.jsonl: 1 rows, 0 of them without a text\n"
     assert done.returncode == 2, done.stderr
-    assert done.stderr.decode("cp949").startswith("error: models/nowhere: no such folder")
+    assert done.stderr.startswith("error: models/nowhere: no such folder")
 
 
 @pytest.mark.parametrize(

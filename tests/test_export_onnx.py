@@ -21,7 +21,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from commands import Started, run_script
+from commands import Started, new_environment, run_script
 from encoders import (
     SAMPLES,
     add_module_with_code,
@@ -991,17 +991,14 @@ def test_int8_of_the_real_encoder_loses_next_to_nothing(offline_encoder, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_example_without_torch_needs_no_torch(real, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv/bin/python"
-    packages = ["numpy", "tokenizers", "onnxruntime"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+def test_the_example_without_torch_needs_no_torch(exports, tmp_path):
+    python = new_environment(tmp_path / "venv", "numpy", "tokenizers", "onnxruntime")
     absent = (
         "import importlib.util as u; print([u.find_spec(m) for m in ('torch', 'transformers')])"
     )
     found = subprocess.run([python, "-c", absent], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[None, None]"
-    command = [python, EXAMPLE, "--model", real]
+    command = [python, EXAMPLE, "--model", exports / "e5-small-ko.onnx"]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout.count("Score:") == 15
 

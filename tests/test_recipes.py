@@ -8,14 +8,13 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import KORNLU, SAMPLES, SCRIPTS, run, run_script
+from commands import KORNLU, SAMPLES, SCRIPTS, new_environment, run, run_script
 from hub import Hub
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
@@ -215,31 +214,23 @@ def test_the_model_opens_in_sentence_transformers_2_7(encoder: Path, tmp_path: P
     model[0].model.resize_token_embeddings(len(model.tokenizer))
     model.append(Dense(32, 16))
     save_encoder(model, tmp_path / "dense")
-    old = tmp_path / "old"
-    subprocess.run([sys.executable, "-m", "venv", old], check=True)
-    python = old / "bin/python"
+    old = ("sentence-transformers==2.7.0", "transformers==4.57.*", "tokenizers==0.22.*")
+    python = new_environment(tmp_path / "old", "--no-deps", *old, "huggingface_hub<1")
     # torch, numpy and so on come from here; what stands in the new folder comes first.
-    (packages,) = old.glob("lib/*/site-packages")
+    (packages,) = (tmp_path / "old").glob("lib/*/site-packages")
     (packages / "here.pth").write_text(str(Path(torch.__file__).parent.parent))
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--no-deps", "sentence-transformers==2.7.0",
-         "transformers==4.57.*", "tokenizers==0.22.*", "huggingface_hub<1"],
-        check=True,
-    )  # fmt: skip
     sentences = ["비행기가 이륙하고 있다.", "가", "한 남자가 큰 플루트를 연주하고 있다. " * 5]
     code = (
         "import sys, json; from sentence_transformers import SentenceTransformer as S, __version__;"
-        "m = S(sys.argv[1]); print(json.dumps([__version__, m.max_seq_length, "
-        "m.encode(json.loads(sys.argv[2])).tolist()]))"
+        "models = map(S, sys.argv[2:]); print(json.dumps([[__version__, m.max_seq_length, "
+        "m.encode(json.loads(sys.argv[1])).tolist()] for m in models]))"
     )
-    for path in (folder, tmp_path / "dense"):
-        done = subprocess.run(
-            [python, "-c", code, path, json.dumps(sentences)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        version, length, embeddings = json.loads(done.stdout.splitlines()[-1])
+    paths = (folder, tmp_path / "dense")
+    line = [python, "-c", code, json.dumps(sentences), *paths]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for path, (version, length, embeddings) in zip(paths, found, strict=True):
         assert (version, length) == ("2.7.0", 48)
         expected = SentenceTransformer(str(path)).encode(sentences)
         assert np.abs(np.array(embeddings) - expected).max() < 1e-5

@@ -149,13 +149,12 @@ def test_a_console_shows_what_it_can(tiny: Path, server: Path, tmp_path: Path) -
 
 
 def test_a_locale_that_is_not_installed_is_none_of_the_servers(tiny: Path, tmp_path: Path) -> None:
-    environment = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("LC_")}
-    line = command(tiny, tmp_path / "data")
-    done = subprocess.run(
-        line, capture_output=True, text=True, env=environment | {"LANG": "xx_XX.UTF-8"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "demo: 9 new of 9 sentences" in done.stdout
+    fixed = ["--model", tiny, "--server_dir", tmp_path / "data"]
+    other = {"LANG": "xx_XX.UTF-8", "LC_ALL": ""}
+    process = Started("examples/vector_search.py", *fixed, environment=other)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "demo: 9 new of 9 sentences" in out
 
 
 def test_killed_while_loading_it_goes_on(tiny: Path, server: Path, tmp_path: Path) -> None:

@@ -18,10 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-import torch
-from encoders import SAMPLES, tiny_tokenizer, write_plain_encoder
 from tokenizers import Tokenizer
-from transformers import RobertaConfig, RobertaModel
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = shutil.which("chromium")
@@ -33,16 +30,12 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEB = REPOSITORY / "examples/web"
-sys.path += [str(REPOSITORY / "examples"), str(REPOSITORY / "onnx")]
+sys.path += [str(REPOSITORY / "examples")]
 
 from semantic_search import CORPUS, QUERIES  # noqa: E402
 
 from common.exported import embed as embed_sentences  # noqa: E402
 
-DATA = next(
-    (path for path in (REPOSITORY / "KorNLUDatasets", REPOSITORY.parent / "shared/KorNLUDatasets")
-     if path.is_dir()), SAMPLES,
-)  # fmt: skip
 NAMES = [f"model-int8{ending}" for ending in (".onnx", ".tokenizer.json", ".json")]
 MIXED = [
     *CORPUS, *QUERIES, "가", "KorSTS 2020년 3월, 5,749쌍!", "Hello, world", "😀 웃는 얼굴 👨‍👩‍👧",
@@ -66,40 +59,22 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
-def export(encoder: Path, folder: Path, data: Path) -> Path:
-    """Exports into the folder under the names that the page reads, and returns it."""
-    script = [sys.executable, REPOSITORY / "onnx/export_onnx.py", "--model", encoder]
-    # Scored on the few sentences of the samples: the loss is not what is tested here.
-    sentences = folder / "data/KorSTS"
-    sentences.mkdir(parents=True)
-    shutil.copy(data / "KorSTS/sts-train.tsv", sentences)
-    for name in ("dev", "test"):
-        shutil.copy(SAMPLES / f"KorSTS/sts-{name}.tsv", sentences)
-    options = ["--data_dir", folder / "data", "--no_speed", "--force"]
-    output = ["--quantize", "int8", "--output", folder / "model.onnx"]
-    done = subprocess.run([*script, *output, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def named(exports: Path, name: str, folder: Path) -> Path:
+    """Copies the fp32 and int8 files of an export under the names that the page reads."""
+    for target in [*NAMES, *(name.replace("-int8", "") for name in NAMES)]:
+        shutil.copy(exports / target.replace("model", name, 1), folder / target)
     return folder
 
 
 @pytest.fixture(scope="module")
-def real(offline_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(offline_encoder, tmp_path_factory.mktemp("real"), DATA)
+def real(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return named(exports, "e5-small-ko", tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture(scope="module")
-def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def roberta(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder without token types: its session asks for two inputs, not three."""
-    folder = tmp_path_factory.mktemp("roberta")
-    encoder = write_plain_encoder(folder / "encoder")
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=tiny_tokenizer().get_vocab_size(), hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=64, initializer_range=0.2,
-        max_position_embeddings=80, type_vocab_size=1, pad_token_id=0,
-    )  # fmt: skip
-    RobertaModel(config, add_pooling_layer=False).save_pretrained(encoder)
-    return export(encoder, folder, SAMPLES)
+    return named(exports, "roberta", tmp_path_factory.mktemp("roberta"))
 
 
 class Files(SimpleHTTPRequestHandler):
