@@ -262,9 +262,8 @@ def load_encoder(
     except SafetensorError as error:
         raise UserError(f"{name_or_path}: damaged weights: {first_line(error)}") from None
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{name_or_path}: its weights are a pickle that holds more than tensors: refused"
-        ) from None
+        why = "its weights are a pickle that holds more than tensors: refused"
+        raise UserError(f"{name_or_path}: {why}") from None
     for option in own:
         for key, value in own[option].items():
             setattr(model[0].model.config, key, value)
