@@ -70,7 +70,7 @@ def main() -> None:
     # 3. Batches and schedule: full ones without a text twice
     batches_per_epoch = max(1, len(triplets) // args.batch_size)
     check_accumulation(args.gradient_accumulation_steps, batches_per_epoch)
-    steps_per_epoch = max(1, batches_per_epoch // args.gradient_accumulation_steps)
+    steps_per_epoch = batches_per_epoch // args.gradient_accumulation_steps
     steps = args.max_steps or args.num_epochs * steps_per_epoch
     schedule = {
         "optim": "adamw_torch_fused",

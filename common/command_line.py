@@ -48,13 +48,6 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def positive(text: str) -> int:
-    """Returns a whole number above 0, as argparse's type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
     """Ends a script as its users expect: errors in one line, no traceback.

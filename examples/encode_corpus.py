@@ -347,7 +347,8 @@ def start_ray(args: Namespace, model_bytes: int) -> tuple[int, dict[str, int]]:
 
 def encode_all(args: Namespace, corpus: Corpus, manifest: dict, parts: list, bar: tqdm) -> None:
     """Encodes the parts, and prints how fast."""
-    begin, (room, share) = time.time(), start_ray(args, manifest["model_bytes"])
+    begin = time.time()
+    room, share = start_ray(args, manifest["model_bytes"])
     workers = min(args.workers or room, len(parts))
     if not 0 < workers <= room:
         raise UserError(f"Ray has room for {room} workers of {share}: fewer --workers or --threads")

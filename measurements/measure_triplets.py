@@ -28,7 +28,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))
 
-from common.command_line import command_line, positive  # noqa: E402
+from common.command_line import command_line  # noqa: E402
 
 KORNLI_ROWS = 392_702 + 550_152
 LABELS = ("entailment", "neutral", "contradiction")
@@ -104,6 +104,13 @@ def measure(way: str, path: str, seed: int) -> dict[str, float]:
         "peak_gb": peak * unit / 1e9,
         "triplets": triplets,
     }
+
+
+def positive(text: str) -> int:
+    """Returns a whole number above 0, as argparse's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def main() -> None:
